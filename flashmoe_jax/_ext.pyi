@@ -1,0 +1,16 @@
+from typing import Any
+
+def call_site_type() -> dict[str, Any]: ...
+def handlers() -> dict[str, dict[str, Any]]: ...
+def recv_rows(num_pes: int, num_experts: int, max_rows: int) -> int: ...
+def heap_bytes(
+    num_pes: int,
+    tokens: int,
+    hidden: int,
+    num_experts: int,
+    experts_per_token: int,
+    max_rows: int,
+    element_bytes: int,
+    backward: bool,
+    resend_rows: bool,
+) -> int: ...

@@ -1,0 +1,86 @@
+// The extension that ships: the handlers of the CPU engine, for registration with XLA, and the
+// sizes that Python needs to know before it can make a call.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "kernels/core/heap_layout.h"
+#include "kernels/core/shape.h"
+#include "kernels/cpu/ffi_handlers.h"
+
+namespace nb = nanobind;
+
+namespace flashmoe {
+namespace {
+
+nb::capsule handler(XLA_FFI_Error* (*function)(XLA_FFI_CallFrame*)) {
+  return nb::capsule(reinterpret_cast<void*>(function));
+}
+
+core::Shape shape_of(int32_t num_pes, int32_t tokens, int32_t hidden, int32_t num_experts,
+                     int32_t experts_per_token, int64_t max_rows) {
+  return core::Shape{
+      .num_pes = num_pes,
+      .tokens = tokens,
+      .hidden = hidden,
+      .intermediate = 0,
+      .num_experts = num_experts,
+      .experts_per_token = experts_per_token,
+      .capacity = core::kNoCapacity,
+      .max_rows = max_rows,
+      .block_rows = cpu::kBlockRows,
+      .block_tokens = cpu::kBlockTokens,
+      .block_columns = cpu::kBlockColumns,
+  };
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "XLA FFI handlers of the CPU engine.";
+  m.def(
+      "call_site_type",
+      [] {
+        nb::dict type;
+        type["type_id"] = nb::capsule(cpu::call_site_type_id());
+        type["type_info"] = nb::capsule(cpu::call_site_type_info());
+        return type;
+      },
+      "The state type of the handlers, for jax.ffi.register_ffi_type.");
+  m.def(
+      "handlers",
+      [] {
+        const auto stages = [](XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
+          nb::dict dict;
+          dict["instantiate"] = handler(cpu::instantiate);
+          dict["execute"] = handler(execute);
+          return dict;
+        };
+        nb::dict dict;
+        dict["flashmoe_forward"] = stages(cpu::forward);
+        dict["flashmoe_backward"] = stages(cpu::backward);
+        return dict;
+      },
+      "Targets and their handlers by stage, for jax.ffi.register_ffi_target.");
+  m.def(
+      "recv_rows",
+      [](int32_t num_pes, int32_t num_experts, int64_t max_rows) {
+        return shape_of(num_pes, 0, 0, num_experts, 0, max_rows).recv_rows();
+      },
+      nb::arg("num_pes"), nb::arg("num_experts"), nb::arg("max_rows"),
+      "Rows of the receive buffer of a PE that accepts max_rows rows, and so of the residuals.");
+  m.def(
+      "heap_bytes",
+      [](int32_t num_pes, int32_t tokens, int32_t hidden, int32_t num_experts,
+         int32_t experts_per_token, int64_t max_rows, int32_t element_bytes, bool backward,
+         bool resend_rows) {
+        return core::HeapLayout(
+                   shape_of(num_pes, tokens, hidden, num_experts, experts_per_token, max_rows),
+                   core::Traffic{backward, resend_rows, element_bytes})
+            .bytes;
+      },
+      nb::arg("num_pes"), nb::arg("tokens"), nb::arg("hidden"), nb::arg("num_experts"),
+      nb::arg("experts_per_token"), nb::arg("max_rows"), nb::arg("element_bytes"),
+      nb::arg("backward"), nb::arg("resend_rows"), "Bytes of the symmetric heap of one PE.");
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,115 @@
+// Brings the PEs of a call together and runs them on the engine's own threads.
+//
+// XLA enters a call once per device, each on its own time, and may enter independent calls in
+// different orders on different devices. Were every PE's worker to start what came first, PE 0
+// could wait in call A for PE 1, and PE 1 in call B for PE 0. So a call starts when its last PE has
+// entered, and is then appended to the queues of all its workers at once. All queues thus agree on
+// the order of the calls, and the oldest unfinished call is at the head of every queue it is in: it
+// can run, whatever the others do.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <variant>
+#include <vector>
+
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/heap.h"
+#include "kernels/cpu/pe_call.h"
+#include "kernels/cpu/worker.h"
+#include "kernels/cpu/workspace.h"
+
+namespace flashmoe::cpu {
+
+using PeBuffers = std::variant<ForwardBuffers, BackwardBuffers>;
+
+// Tells the caller of one PE that its part has ended: with a message if it failed.
+using Done = std::function<void(std::optional<std::string> error)>;
+
+// One PE's entry into a call.
+struct Entry {
+  int64_t run;     // which execution of the program
+  int32_t device;  // of this process
+  int32_t group;   // which expert group, where the mesh has several
+  int32_t rank;    // of the PE in its group
+  CallConfig config;
+  PeBuffers buffers;
+  Done done;
+};
+
+// The PEs that have entered a call.
+struct Team {
+  std::vector<std::optional<Entry>> entries;  // [P]
+  int32_t present = 0;
+  Clock::time_point deadline;
+  std::string failure;  // set when the call was given up
+};
+
+// A place in a program where the operator is called. All devices of a process that run the program
+// share it, and it is what tells one call from another: the n-th entry of a device during a run
+// belongs to the n-th call here. (Devices of equal group and rank, as on a mesh axis over which
+// nothing of the call varies, have equal data, so it does not matter which of them meet.)
+class CallSite {
+ public:
+  CallSite();
+  uint32_t tag() const { return tag_; }
+
+ private:
+  friend class Engine;
+  struct Run {
+    int64_t id;
+    std::map<int32_t, int64_t> entries;  // of each device so far
+    // Calls that wait for PEs, or were given up while some were missing, by (group, call).
+    std::map<std::tuple<int32_t, int64_t>, std::shared_ptr<Team>> teams;
+  };
+
+  Run& run(int64_t id);
+
+  const uint32_t tag_;
+  std::list<Run> runs_;  // the newest, oldest first
+};
+
+class Engine {
+ public:
+  // `cores` are shared out among the PEs of a call, at least one worker each.
+  explicit Engine(int32_t cores);
+  ~Engine();
+
+  // The engine of the process, with the cores that it may run on (or FLASHMOE_CPU_THREADS).
+  static Engine& instance();
+
+  // Enters a call. `done` is called later, once, from another thread or, if the entry makes no
+  // sense, from this one.
+  void enter(CallSite& site, Entry entry);
+
+ private:
+  struct Call;
+
+  void start(Team& team);
+  Worker& worker(int32_t device, int32_t index);
+  std::shared_ptr<HeapGroup> take_heaps(const CallConfig& config);
+  std::unique_ptr<Arena> take_arena();
+  void leave(Call& call, int32_t rank);
+  void watch();
+
+  const int32_t cores_;
+  std::mutex mutex_;  // guards all below, and all call sites
+  std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Worker>> workers_;  // (device, index)
+  std::vector<std::shared_ptr<HeapGroup>> idle_heaps_;
+  std::vector<std::unique_ptr<Arena>> idle_arenas_;
+  std::list<std::shared_ptr<Team>> waiting_;
+  std::condition_variable waiting_changed_;
+  bool stopping_ = false;
+  std::thread watchdog_;
+};
+
+}  // namespace flashmoe::cpu

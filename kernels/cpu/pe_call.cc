@@ -1,0 +1,92 @@
+#include "kernels/cpu/pe_call.h"
+
+#include <exception>
+
+namespace flashmoe::cpu {
+
+PeCall::PeCall(const CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers)
+    : config_(config),
+      shape_(config.shape),
+      exchange_(config, heaps, me),
+      heaps_(heaps),
+      workers_(workers) {}
+
+bool PeCall::run(int32_t worker, Arena& arena) {
+  try {
+    Doorbell& doorbell = exchange_.heap().doorbell();
+    if (worker == 0) {
+      begin(arena);
+      begun_.store(true);
+      doorbell.ring();
+    } else {
+      // Worker 0 begins or fails within its own deadlines.
+      const auto begun = [&] { return begun_.load() || heaps_.failed(); };
+      while (!doorbell.wait(begun, Clock::now() + std::chrono::seconds(1))) {
+      }
+    }
+    if (begun_.load()) take_tasks();
+  } catch (const std::exception& error) {
+    heaps_.fail(error.what());
+  }
+  if (left_.fetch_add(1) + 1 < workers_) return false;
+  if (!heaps_.failed()) exchange_.finish();
+  return true;
+}
+
+void PeCall::begin(Arena& arena) {
+  const TileCounts counts = tile_counts();
+  exchange_.route(tokens());
+  exchange_.publish();
+  exchange_.plan(shape_.hidden_tiles());
+  order_ = core::TileOrder{&exchange_.current_plan(), exchange_.me(), counts.first, counts.second,
+                           counts.weights};
+  const int64_t blocks = order_.blocks_before(shape_.local_experts());
+  first_tiles_done_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
+  reserve(arena, blocks * shape_.block_rows);
+}
+
+void PeCall::take_tasks() {
+  thread_local TileBuffers buffers;
+  const int64_t dispatches = core::dispatch_steps(shape_);
+  const int64_t tiles = order_.size();
+  const int64_t tasks = dispatches + tiles + shape_.token_blocks();
+  for (int64_t i; (i = next_task_.fetch_add(1)) < tasks;) {
+    if (i < dispatches) {
+      dispatch(i);
+    } else if (i < dispatches + tiles) {
+      tile(order_.at(i - dispatches), buffers);
+    } else {
+      exchange_.await_results(i - dispatches - tiles);
+      combine(i - dispatches - tiles);
+    }
+  }
+}
+
+void PeCall::tile(const core::Tile& tile, TileBuffers& buffers) {
+  switch (tile.kind) {
+    case core::TileKind::kFirst:
+      exchange_.await_rows(tile);
+      first_tile(tile, buffers);
+      first_tiles_done_[tile.block].fetch_add(1);
+      exchange_.heap().doorbell().ring();
+      return;
+    case core::TileKind::kSecond:
+      await_first_tiles(tile);
+      return second_tile(tile, buffers);
+    case core::TileKind::kWeights: {
+      core::Tile block = tile;
+      const core::Plan& plan = exchange_.current_plan();
+      const int32_t first = plan.first_block(tile.expert);
+      for (block.block = first; block.block < first + plan.blocks(tile.expert); ++block.block) {
+        await_first_tiles(block);
+      }
+      return weight_tile(tile, buffers);
+    }
+  }
+}
+
+void PeCall::await_first_tiles(const core::Tile& tile) {
+  exchange_.await_tiles(tile, first_tiles_done_[tile.block], order_.first_columns);
+}
+
+}  // namespace flashmoe::cpu

@@ -1,0 +1,42 @@
+// The thread that runs one worker's share of a PE's calls, in the order in which they were given.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace flashmoe::cpu {
+
+// A job: works, then returns what is to be done once the worker is free for the next job (or null).
+//
+// The second part completes a future, upon which XLA goes on executing its program on this very
+// thread, for as long as it likes and perhaps waiting for other devices. The next job must not wait
+// for that: before the second part another thread takes over, one that waits already or a new one.
+using Job = std::function<std::function<void()>()>;
+
+class Worker {
+ public:
+  Worker() = default;
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  void give(Job job);
+
+ private:
+  void serve();
+  void wake_somebody();  // mutex_ is held
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Job> jobs_;
+  std::vector<std::thread> threads_;
+  int waiting_ = 0;       // threads that wait for a job
+  bool working_ = false;  // a thread is in the first part of a job
+  bool stopping_ = false;
+};
+
+}  // namespace flashmoe::cpu
