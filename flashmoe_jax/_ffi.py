@@ -26,7 +26,9 @@ def deadline_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0.0:
-        raise ValueError(f"{_DEADLINE_VARIABLE} is {text!r}; it must be a positive number of seconds")
+        raise ValueError(
+            f"{_DEADLINE_VARIABLE} is {text!r}; it must be a positive number of seconds"
+        )
     return seconds
 
 

@@ -1,8 +1,8 @@
 """`implementation="fused"`: the XLA FFI custom call, and its derivative.
 
 Forward returns what backward needs as ordinary values, so that `jit`, `jax.checkpoint`, `scan` and
-donation treat it like any other operation. Backward routes, plans and dispatches again with the same
-indices: the plan is a function of them, so it is the same one.
+donation treat it like any other operation. Backward routes, plans and dispatches again with the
+same indices: the plan is a function of them, so it is the same one.
 """
 
 import dataclasses
@@ -122,7 +122,9 @@ def check_heap(call: LocalCall, tokens: int, dtype: Any) -> None:
     )
     residual_width = config.hidden_size * config.save_rows
     residual_width += config.intermediate_size * (1 + config.gated) * config.save_preactivations
-    per_pe = heap(False, False) + heap(True, not config.save_rows) + rows * residual_width * itemsize
+    per_pe = (
+        heap(False, False) + heap(True, not config.save_rows) + rows * residual_width * itemsize
+    )
     total = per_pe * jax.local_device_count() if call.num_pes > 1 else per_pe
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     slots = tokens * config.experts_per_token
@@ -154,7 +156,7 @@ def _varying(value: jax.Array) -> frozenset[str]:
 
 
 def _vary_as(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, varying over the mesh axes that `like` varies over: the custom call wants them equal."""
+    """`value`, varying over the axes that `like` varies over: operands must be alike in that."""
     missing = _varying(like) - _varying(value)
     return lax.pcast(value, tuple(missing), to="varying") if missing else value
 
@@ -162,15 +164,14 @@ def _vary_as(value: jax.Array, like: jax.Array) -> jax.Array:
 def _coordinates(x: jax.Array, call: LocalCall) -> jax.Array:
     """Which expert group this PE is in, and its rank there, [2] int32.
 
-    Groups differ in the position along all axes, besides the expert axis, that the call varies over.
-    Along another axis the devices hold the same values and any of them may meet.
+    Groups differ in the position along the axes, besides the expert axis, that the call varies
+    over. Along another axis the devices hold the same values, and any of them may meet.
     """
     if call.axis is None:
         return jnp.zeros((2,), jnp.int32)
     rank = lax.axis_index(call.axis)
-    if _varying(rank):
-        axes = _varying(x)
-    else:  # check_vma is off: nothing is known of what varies
+    axes = _varying(x)
+    if not _varying(rank):  # check_vma is off: anything may vary
         axes = frozenset(jax.sharding.get_abstract_mesh().axis_names)
     others = tuple(sorted(axes - {call.axis}))
     group = lax.axis_index(others) if others else jnp.int32(0)
@@ -216,12 +217,24 @@ def _ffi_call(
     statics: _Statics,
     operands: tuple[jax.Array, ...],
 ) -> list[jax.Array]:
-    return list(jax.ffi.ffi_call(target, results)(*operands, **statics.attributes()))
+    @jax.custom_batching.custom_vmap
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        return list(jax.ffi.ffi_call(target, results)(*operands, **statics.attributes()))
+
+    @call.def_vmap
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            "vmap over flashmoe_jax.moe with implementation='fused': one call is one exchange "
+            "between all PEs and cannot be batched. Put the batch into the leading dimensions of x "
+            "([..., H] is allowed), loop with jax.lax.map, or use implementation='xla'"
+        )
+
+    return call(*operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(statics: _Statics, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """y [T, H] and dropped [1], of coordinates, x, indices, weights and the experts' parameters."""
+    """Y [T, H] and dropped [1] from coordinates, x, indices, weights and the experts."""
     y, dropped, *_ = _forward_call(statics, False, *operands)
     return y, dropped
 

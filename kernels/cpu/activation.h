@@ -16,11 +16,12 @@ struct ValueAndSlope {
   float slope;
 };
 
-// e^x to one unit in the last place for the normal range, +0 below it and infinity above: x = n ln
-// 2
-// + r with |r| <= ln 2 / 2, then the Taylor polynomial of degree 7 (remainder 5e-9).
+// e^x to one unit in the last place between -87.33 and 88.72 (the normal range), +0 below it and
+// infinity above it: x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of degree 7
+// (remainder 5e-9).
 inline float exp_float(float x) {
-  const float clamped = std::min(std::max(-87.3f, x), 88.7f);  // a NaN becomes -87.3
+  constexpr float kLowest = -87.33f, kHighest = 88.72f;
+  const float clamped = std::min(std::max(kLowest, x), kHighest);  // a NaN becomes kLowest
   constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   const float shifted = clamped * 1.44269504f + kRound;
   const float n = shifted - kRound;
@@ -39,7 +40,7 @@ inline float exp_float(float x) {
   const float low = std::bit_cast<float>((half + 127) << 23);
   const float high = std::bit_cast<float>((exponent - half + 127) << 23);
   const float y = p * low * high;
-  return x != x ? x : (x < -87.3f ? 0.0f : (x > 88.72f ? 1.0f / 0.0f : y));
+  return x != x ? x : (x < kLowest ? 0.0f : (x > kHighest ? 1.0f / 0.0f : y));
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
@@ -75,7 +76,7 @@ ValueAndSlope activate(float x) {
     return {x * s, s + x * 2.0f * s * (1.0f - s) * inner_slope};
   } else if constexpr (kKind == Activation::kRelu) {
     const float positive = x > 0 ? 1.0f : 0.0f;
-    return {x != x ? x : x * positive, positive};
+    return {x < 0 ? 0.0f : x, positive};
   } else {
     const float positive = x > 0 ? x : 0.0f;
     return {x != x ? x : positive * positive, 2.0f * positive};

@@ -20,19 +20,24 @@ int32_t available_cores() {
   return std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
 }
 
-std::string missing_pes(const Team& team) {
-  std::string pes;
+std::string describe_missing(const Team& team) {
+  std::string present, missing;
   for (size_t rank = 0; rank < team.entries.size(); ++rank) {
-    if (!team.entries[rank]) pes.append(" ").append(std::to_string(rank));
+    (team.entries[rank] ? present : missing).append(" ").append(std::to_string(rank));
   }
-  return pes;
+  return "PEs" + present + ": awaited PEs" + missing +
+         " did not enter the call (phase enter): expected " + std::to_string(team.entries.size()) +
+         " PEs, seen " + std::to_string(team.present) + " when the deadline passed";
 }
 
-}  // namespace
+// Runs that are remembered: no device is that many executions of one program behind another.
+constexpr size_t kRuns = 64;
 
 // Heaps, once used, are kept for the next call of the same sizes; more idle ones than this are let
 // go, the longest idle first.
 constexpr size_t kIdleHeaps = 8;
+
+}  // namespace
 
 CallSite::CallSite()
     : tag_([] {
@@ -41,13 +46,24 @@ CallSite::CallSite()
       }()) {}
 
 CallSite::Run& CallSite::run(int64_t id) {
-  // No device is that many executions of one program behind another.
-  constexpr size_t kRuns = 64;
   for (Run& run : runs_) {
     if (run.id == id) return run;
   }
   if (runs_.size() == kRuns) runs_.pop_front();
   return runs_.emplace_back(Run{id, {}, {}});
+}
+
+std::shared_ptr<Team> CallSite::join(Run& run, const Entry& entry) {
+  const int64_t call = run.entries[entry.device]++;
+  for (const std::shared_ptr<Team>& team : run.teams) {
+    if (team->group == entry.group && team->call == call && !team->entries[entry.rank]) return team;
+  }
+  const auto team = std::make_shared<Team>();
+  team->run = run.id;
+  team->group = entry.group;
+  team->call = call;
+  team->entries.resize(entry.config.shape.num_pes);
+  return run.teams.emplace_back(team);
 }
 
 // A call that runs.
@@ -83,44 +99,38 @@ void Engine::enter(CallSite& site, Entry entry) {
   {
     const std::lock_guard lock(mutex_);
     CallSite::Run& run = site.run(entry.run);
-    const std::tuple key{entry.group, run.entries[entry.device]++};
-    std::shared_ptr<Team>& team = run.teams[key];
-    if (team == nullptr) {
-      team = std::make_shared<Team>();
-      team->entries.resize(num_pes);
-      team->deadline = Clock::now() + entry.config.deadline;
-      waiting_.push_back(team);
-      waiting_changed_.notify_all();
-    }
-    const auto other = std::find_if(team->entries.begin(), team->entries.end(),
-                                    [](const auto& present) { return present.has_value(); });
-    if (!team->failure.empty()) {
-      refusal = team->failure;
+    if (const std::string* failure = failure_of(run.id)) {
+      refusal = *failure;
     } else if (entry.rank < 0 || entry.rank >= num_pes) {
       refusal = "rank " + std::to_string(entry.rank) + " is out of range: the group has " +
                 std::to_string(num_pes) + " PEs";
-    } else if (team->entries[entry.rank]) {
-      refusal = "two devices entered the same call as PE " + std::to_string(entry.rank);
-    } else if (other != team->entries.end() && !((*other)->config == entry.config)) {
-      refusal = "PE " + std::to_string(entry.rank) + " entered the call with other sizes than PE " +
-                std::to_string((*other)->rank);
     } else {
-      const int32_t rank = entry.rank;
-      team->entries[rank] = std::move(entry);
-      if (++team->present == num_pes) {
-        const std::shared_ptr<Team> complete = std::move(team);
-        run.teams.erase(key);
-        waiting_.remove(complete);
+      const std::shared_ptr<Team> team = site.join(run, entry);
+      const auto other = std::find_if(team->entries.begin(), team->entries.end(),
+                                      [](const auto& present) { return present.has_value(); });
+      if (other != team->entries.end() && !((*other)->config == entry.config)) {
+        refusal = "PE " + std::to_string(entry.rank) +
+                  " entered the call with other sizes than PE " + std::to_string((*other)->rank);
+      } else {
+        if (team->present == 0) {
+          team->deadline = Clock::now() + entry.config.deadline;
+          waiting_.push_back(team);
+          waiting_changed_.notify_all();
+        }
+        const int32_t rank = entry.rank;
+        team->entries[rank] = std::move(entry);
+        if (++team->present < num_pes) return;
+        run.teams.remove(team);
+        waiting_.remove(team);
         refused.clear();
-        for (const auto& present : complete->entries) refused.push_back(present->done);
+        for (const auto& present : team->entries) refused.push_back(present->done);
         try {
-          start(*complete);
+          start(*team);
           return;
         } catch (const std::exception& error) {
           refusal = std::string("the call could not be started: ") + error.what();
+          mark_failed(run.id, refusal);
         }
-      } else {
-        return;
       }
     }
   }
@@ -189,41 +199,58 @@ std::unique_ptr<Arena> Engine::take_arena() {
   return arena;
 }
 
+const std::string* Engine::failure_of(int64_t run) const {
+  const auto failed = std::find_if(failed_runs_.begin(), failed_runs_.end(),
+                                   [&](const FailedRun& failed) { return failed.id == run; });
+  return failed == failed_runs_.end() ? nullptr : &failed->message;
+}
+
+void Engine::mark_failed(int64_t run, const std::string& message) {
+  if (failure_of(run) != nullptr) return;
+  if (failed_runs_.size() == kRuns) failed_runs_.pop_front();
+  failed_runs_.push_back({run, message});
+  waiting_changed_.notify_all();
+}
+
 void Engine::leave(Call& call, int32_t rank) {
   const std::lock_guard lock(mutex_);
   idle_arenas_.push_back(std::move(call.arenas[rank]));
-  if (--call.running > 0 || call.heaps->failed()) return;
+  if (call.heaps->failed()) {
+    mark_failed(call.entries[rank].run, call.heaps->failure());
+    return;
+  }
+  if (--call.running > 0) return;
   idle_heaps_.push_back(std::move(call.heaps));
   if (idle_heaps_.size() > kIdleHeaps) idle_heaps_.erase(idle_heaps_.begin());
 }
 
-// Gives up calls whose PEs did not all enter in time.
+// Gives up calls whose PEs did not all enter in time, or whose run has failed elsewhere.
 void Engine::watch() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    if (waiting_.empty()) {
-      waiting_changed_.wait(lock);
+    auto next = Clock::time_point::max();
+    std::shared_ptr<Team> lost;
+    for (const std::shared_ptr<Team>& team : waiting_) {
+      if (failure_of(team->run) != nullptr || team->deadline <= Clock::now()) lost = team;
+      next = std::min(next, team->deadline);
+    }
+    if (lost == nullptr) {
+      if (waiting_.empty()) {
+        waiting_changed_.wait(lock);
+      } else {
+        waiting_changed_.wait_until(lock, next);
+      }
       continue;
     }
-    const auto earliest =
-        std::min_element(waiting_.begin(), waiting_.end(),
-                         [](const auto& a, const auto& b) { return a->deadline < b->deadline; });
-    const std::shared_ptr<Team> team = *earliest;
-    if (Clock::now() < team->deadline) {
-      waiting_changed_.wait_until(lock, team->deadline);
-      continue;
-    }
-    waiting_.erase(earliest);
-    team->failure = "phase enter: awaited PEs" + missing_pes(*team) +
-                    " did not enter the call: expected " + std::to_string(team->entries.size()) +
-                    " PEs, seen " + std::to_string(team->present) + " when the deadline passed";
-    std::vector<std::pair<int32_t, Done>> present;
-    for (const std::optional<Entry>& entry : team->entries) {
-      if (entry) present.emplace_back(entry->rank, entry->done);
+    waiting_.remove(lost);
+    if (failure_of(lost->run) == nullptr) mark_failed(lost->run, describe_missing(*lost));
+    const std::string message = *failure_of(lost->run);
+    std::vector<Done> present;
+    for (const std::optional<Entry>& entry : lost->entries) {
+      if (entry) present.push_back(entry->done);
     }
     lock.unlock();
-    for (const auto& [rank, done] : present)
-      done("PE " + std::to_string(rank) + ", " + team->failure);
+    for (const Done& done : present) done(message);
     lock.lock();
   }
 }

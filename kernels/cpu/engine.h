@@ -18,7 +18,6 @@
 #include <optional>
 #include <string>
 #include <thread>
-#include <tuple>
 #include <variant>
 #include <vector>
 
@@ -46,18 +45,21 @@ struct Entry {
   Done done;
 };
 
-// The PEs that have entered a call.
+// The PEs that have entered a call. On a mesh axis over which nothing of the call varies, several
+// devices have the same group and rank, and equal data: they form several teams, and it does not
+// matter who is in which.
 struct Team {
+  int64_t run;
+  int32_t group;
+  int64_t call;  // how many the device had entered before at the site in this run
   std::vector<std::optional<Entry>> entries;  // [P]
   int32_t present = 0;
   Clock::time_point deadline;
-  std::string failure;  // set when the call was given up
 };
 
 // A place in a program where the operator is called. All devices of a process that run the program
 // share it, and it is what tells one call from another: the n-th entry of a device during a run
-// belongs to the n-th call here. (Devices of equal group and rank, as on a mesh axis over which
-// nothing of the call varies, have equal data, so it does not matter which of them meet.)
+// belongs to the n-th call here.
 class CallSite {
  public:
   CallSite();
@@ -67,12 +69,13 @@ class CallSite {
   friend class Engine;
   struct Run {
     int64_t id;
-    std::map<int32_t, int64_t> entries;  // of each device so far
-    // Calls that wait for PEs, or were given up while some were missing, by (group, call).
-    std::map<std::tuple<int32_t, int64_t>, std::shared_ptr<Team>> teams;
+    std::map<int32_t, int64_t> entries;      // of each device so far
+    std::list<std::shared_ptr<Team>> teams;  // that wait for PEs, or were given up
   };
 
   Run& run(int64_t id);
+  // The team that an entry belongs to, a new one if need be.
+  std::shared_ptr<Team> join(Run& run, const Entry& entry);
 
   const uint32_t tag_;
   std::list<Run> runs_;  // the newest, oldest first
@@ -99,10 +102,20 @@ class Engine {
   std::shared_ptr<HeapGroup> take_heaps(const CallConfig& config);
   std::unique_ptr<Arena> take_arena();
   void leave(Call& call, int32_t rank);
+  const std::string* failure_of(int64_t run) const;           // or null; mutex_ is held
+  void mark_failed(int64_t run, const std::string& message);  // mutex_ is held
   void watch();
 
+  // Programs that failed. What is left of such a run is refused, so that expert groups that have
+  // not failed do not go on to a collective in which they would wait for those that have.
+  struct FailedRun {
+    int64_t id;
+    std::string message;
+  };
+
   const int32_t cores_;
-  std::mutex mutex_;  // guards all below, and all call sites
+  std::mutex mutex_;                  // guards all below, and all call sites
+  std::list<FailedRun> failed_runs_;  // the newest
   std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Worker>> workers_;  // (device, index)
   std::vector<std::shared_ptr<HeapGroup>> idle_heaps_;
   std::vector<std::unique_ptr<Arena>> idle_arenas_;
