@@ -1,0 +1,66 @@
+# Every target makes what it needs by itself and may be run again at any time. Settings:
+#   PYTHON=python3.12    the interpreter, instead of the newest one found (3.11 to 3.14)
+#   CXX=clang++          the C++20 compiler, instead of the first one found
+#   VENV=.venv           the folder of the virtual environment
+#   ARGS="..."           more arguments for the demo or for pytest
+#   WERROR=1             compiler warnings are errors
+VENV ?= .venv
+ARGS ?=
+PYTEST_WORKERS ?= 2
+
+BIN := $(abspath $(VENV))/bin
+# The import hook of the editable install runs `cmake` from PATH when a C++ source has changed.
+export PATH := $(BIN):$(PATH)
+
+CXX_SOURCES = $(shell find kernels tests/native -name '*.h' -o -name '*.cc')
+# GCC's ThreadSanitizer cannot place its shadow memory on kernels with much address randomisation.
+NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-smoke native-test native-tsan native-asan lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo "Settings, such as PYTHON=python3.12, are at the top of the Makefile."
+
+venv:  ## make or update the virtual environment that all the others use
+	@tools/venv.sh $(VENV)
+
+demo: venv  ## train a small MoE language model on 8 virtual CPU devices
+	$(BIN)/python examples/train_lm.py $(ARGS)
+
+test: native-test  ## run all tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(ARGS)
+
+test-smoke: venv  ## run the part of the tests that every supported Python runs
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m smoke $(ARGS)
+
+native-test: native-tsan native-asan  ## run the native stress test under the sanitizers
+
+native-tsan: SANITIZER = thread
+native-tsan: RUN = $(NO_ASLR)
+native-asan: SANITIZER = address
+native-tsan native-asan: native-%: venv
+	@echo "==> Native stress test under the $(SANITIZER) sanitizer"
+	@CXX=$$(tools/find_compiler.sh) && export CXX && cmake -G Ninja -S . -B build/$* \
+	    -DFLASHMOE_PYTHON_MODULES=OFF -DFLASHMOE_NATIVE_TESTS=ON \
+	    -DFLASHMOE_SANITIZE=$(SANITIZER) -DFLASHMOE_WERROR=$(if $(filter 1,$(WERROR)),ON,OFF) \
+	    -DFLASHMOE_FFI_INCLUDE_DIR="$$($(BIN)/python tools/fetch_ffi_headers.py)" \
+	    -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build build/$*
+	$(RUN) ctest --test-dir build/$* --verbose
+
+lint: venv  ## check style, types and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format:  venv  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:  ## remove everything that make made, the virtual environments included
+	rm -rf $(VENV) .venv* build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
