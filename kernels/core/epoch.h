@@ -15,8 +15,9 @@ namespace flashmoe::core {
 // Which of the two count matrices an epoch uses.
 FLASHMOE_HOST_DEVICE constexpr uint32_t parity(uint32_t epoch) { return epoch & 1u; }
 
-// The word put into `counted`: the epoch, and the tag of the call site. Two PEs that meet in the
-// same epoch with different tags are in different calls of the program.
+// The word put into `counted`: the epoch, which is 1 on a new (zeroed) heap, and the tag of the
+// call site. Two PEs that meet in the same epoch with different tags are in different calls of the
+// program.
 FLASHMOE_HOST_DEVICE constexpr uint64_t counted_word(uint32_t tag, uint32_t epoch) {
   return (uint64_t{tag} << 32) | epoch;
 }

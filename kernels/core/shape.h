@@ -30,10 +30,10 @@ struct Shape {
   FLASHMOE_HOST_DEVICE int64_t slots() const { return int64_t{tokens} * experts_per_token; }
 
   // Rows of the receive buffer (R). Every expert starts on a row block of its own, so each expert
-  // that got a row can leave at most block_rows - 1 rows unused.
+  // that got a row can leave up to block_rows - 1 rows unused; the sum is whole row blocks.
   FLASHMOE_HOST_DEVICE int64_t recv_rows() const {
     const int64_t used = local_experts() < max_rows ? local_experts() : max_rows;
-    return round_up(max_rows + used * (block_rows - 1), block_rows);
+    return (max_rows + used * (block_rows - 1)) / block_rows * block_rows;
   }
   FLASHMOE_HOST_DEVICE int64_t row_blocks() const { return recv_rows() / block_rows; }
   FLASHMOE_HOST_DEVICE int64_t token_blocks() const { return ceil_div(tokens, block_tokens); }
