@@ -127,16 +127,25 @@ def check_heap(call: LocalCall, tokens: int, dtype: Any) -> None:
     )
     total = per_pe * jax.local_device_count() if call.num_pes > 1 else per_pe
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    slots = tokens * config.experts_per_token
-    if total <= memory and max(rows, slots * call.num_pes) < 2**31:
-        return
-    raise ValueError(
-        f"the symmetric heaps and residuals of one call would take up to {total / 2**30:.1f} GiB "
-        f"({per_pe / 2**30:.1f} GiB for each PE, whose receive buffer has {rows} rows), but this "
-        f"machine has {memory / 2**30:.1f} GiB. Set MoEConfig.max_received_rows (now "
-        f"{config.max_received_rows}; the call could bring one PE {call.max_rows} rows, and "
-        f"{tokens * config.experts_per_token} when the experts are in balance), or pass fewer "
-        "tokens at once"
+    if total > memory:
+        raise ValueError(
+            f"the symmetric heaps and residuals of one call would take up to {total / 2**30:.1f} "
+            f"GiB ({per_pe / 2**30:.1f} GiB for each PE, whose receive buffer has {rows} rows), but "
+            f"this machine has {memory / 2**30:.1f} GiB. {_how_to_bound(call, tokens)}"
+        )
+    if max(rows, tokens * config.experts_per_token * call.num_pes) >= 2**31:
+        raise ValueError(
+            f"one call may move fewer than 2**31 rows; this one has {tokens} tokens on each of "
+            f"{call.num_pes} PEs, {config.experts_per_token} slots each, and receive buffers of "
+            f"{rows} rows. {_how_to_bound(call, tokens)}"
+        )
+
+
+def _how_to_bound(call: LocalCall, tokens: int) -> str:
+    return (
+        f"Set MoEConfig.max_received_rows (now {call.config.max_received_rows}; the call could "
+        f"bring one PE {call.max_rows} rows, and {tokens * call.config.experts_per_token} when the "
+        "experts are in balance), or pass fewer tokens at once"
     )
 
 

@@ -1,0 +1,71 @@
+"""What every implementation of the sharded operator is told about its call, all of it static."""
+
+import dataclasses
+
+from flashmoe_jax.config import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalCall:
+    """One call of the operator, as each PE of an expert-parallel group sees it.
+
+    Attributes:
+        config: The layer.
+        axis: Mesh axis of the group inside the shard_map; None when there is no mesh.
+        num_pes: P, the PEs that share out the experts.
+        capacity: Rows that one expert keeps; None: dropless.
+        max_rows: Rows that one PE accepts at most, never more than its worst case.
+        check_routing: The routing came from the caller and may be invalid.
+    """
+
+    config: MoEConfig
+    axis: str | None
+    num_pes: int
+    capacity: int | None
+    max_rows: int
+    check_routing: bool
+
+    @property
+    def local_experts(self) -> int:
+        """El, experts of one PE."""
+        return self.config.num_experts // self.num_pes
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether any row of this call could be dropped."""
+        return self.capacity is not None or self.config.max_received_rows is not None
+
+
+def local_call(
+    config: MoEConfig,
+    *,
+    axis: str | None,
+    num_pes: int,
+    tokens_per_pe: int,
+    group_tokens: int,
+    caller_routing: bool,
+) -> LocalCall:
+    """The call of one expert-parallel group.
+
+    Args:
+        config: The layer.
+        axis: Mesh axis of the group, or None.
+        num_pes: P.
+        tokens_per_pe: T, padding included.
+        group_tokens: Tokens of all PEs of the group, without padding; they set the capacity.
+        caller_routing: The routing is the caller's: a token may name an expert more than once.
+    """
+    local_experts = config.num_experts // num_pes
+    slots = config.experts_per_token
+    most_slots_here = slots if caller_routing else min(slots, local_experts)
+    max_rows = num_pes * tokens_per_pe * most_slots_here
+    if config.max_received_rows is not None:
+        max_rows = min(max_rows, config.max_received_rows)
+    return LocalCall(
+        config=config,
+        axis=axis,
+        num_pes=num_pes,
+        capacity=config.capacity(group_tokens),
+        max_rows=max_rows,
+        check_routing=caller_routing,
+    )

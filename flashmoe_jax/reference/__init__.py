@@ -1,0 +1,1 @@
+"""The operator in plain JAX: the oracle, the sharded path, and what they share."""
