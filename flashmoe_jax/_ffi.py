@@ -3,33 +3,9 @@
 import ctypes
 import functools
 import importlib.resources
-import os
 from types import ModuleType
 
 import jax
-
-_DEADLINE_VARIABLE = "FLASHMOE_DEADLINE_SECONDS"
-_DEFAULT_DEADLINE_SECONDS = 100.0
-
-
-def deadline_seconds() -> float:
-    """The deadline of every wait in a call, unless the configuration has one.
-
-    Raises:
-        ValueError: FLASHMOE_DEADLINE_SECONDS is not a positive number.
-    """
-    text = os.environ.get(_DEADLINE_VARIABLE)
-    if text is None:
-        return _DEFAULT_DEADLINE_SECONDS
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0.0:
-        raise ValueError(
-            f"{_DEADLINE_VARIABLE} is {text!r}; it must be a positive number of seconds"
-        )
-    return seconds
 
 
 @functools.cache

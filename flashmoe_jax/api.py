@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flashmoe_jax import validation
-from flashmoe_jax.config import MoEConfig
+from flashmoe_jax.config import MoEConfig, deadline_seconds
 from flashmoe_jax.local_call import local_call
 from flashmoe_jax.params import MoEParams, partition_specs
 from flashmoe_jax.reference.dense import dense
@@ -127,13 +127,17 @@ def moe(
         validation.check_axes(mesh, expert_axis, token_axes, config)
         sharding = _Sharding(mesh, expert_axis, tuple(token_axes))
     validation.check_arrays(x, params, config, routing, mask, config.num_experts)
+    implementation = _choose_implementation(implementation, mesh, x.dtype)
+    if implementation == "fused":
+        # Part of what `_moe` is compiled for, so that a changed environment counts.
+        config = dataclasses.replace(config, deadline_seconds=deadline_seconds(config))
     return _moe(
         _Tokens(x, routing, mask),
         params,
         key,
         config=config,
         sharding=sharding,
-        implementation=_choose_implementation(implementation, mesh, x.dtype),
+        implementation=implementation,
     )
 
 

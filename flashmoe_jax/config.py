@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Literal, get_args
 
 Score = Literal["softmax", "sigmoid"]
@@ -134,6 +135,30 @@ class MoEConfig:
             return None
         mean_rows = tokens * self.experts_per_token / self.num_experts
         return max(1, math.ceil(self.capacity_factor * mean_rows))
+
+
+_DEADLINE_VARIABLE = "FLASHMOE_DEADLINE_SECONDS"
+_DEFAULT_DEADLINE_SECONDS = 100.0
+
+
+def deadline_seconds(config: MoEConfig) -> float:
+    """Seconds that a wait inside a call may last, read when the call is traced.
+
+    Raises:
+        ValueError: FLASHMOE_DEADLINE_SECONDS is not a positive number.
+    """
+    if config.deadline_seconds is not None:
+        return config.deadline_seconds
+    text = os.environ.get(_DEADLINE_VARIABLE)
+    if text is None:
+        return _DEFAULT_DEADLINE_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"{_DEADLINE_VARIABLE}={text!r} must be a finite number of seconds > 0")
+    return seconds
 
 
 def _is_int(value: object) -> bool:

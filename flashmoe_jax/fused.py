@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from flashmoe_jax import _ffi
+from flashmoe_jax.config import deadline_seconds
 from flashmoe_jax.local_call import LocalCall
 from flashmoe_jax.params import MoEParams
 
@@ -80,7 +81,7 @@ def fused_local(
         activation=_ACTIVATIONS.index(config.activation),
         capacity=-1 if call.capacity is None else call.capacity,
         max_rows=call.max_rows,
-        deadline_seconds=config.deadline_seconds or _ffi.deadline_seconds(),
+        deadline_seconds=deadline_seconds(config),
         check_weights=call.check_routing,
         save_rows=config.save_rows,
         save_preactivations=config.save_preactivations,
@@ -130,8 +131,8 @@ def check_heap(call: LocalCall, tokens: int, dtype: Any) -> None:
     if total > memory:
         raise ValueError(
             f"the symmetric heaps and residuals of one call would take up to {total / 2**30:.1f} "
-            f"GiB ({per_pe / 2**30:.1f} GiB for each PE, whose receive buffer has {rows} rows), but "
-            f"this machine has {memory / 2**30:.1f} GiB. {_how_to_bound(call, tokens)}"
+            f"GiB ({per_pe / 2**30:.1f} GiB for each PE, whose receive buffer has {rows} rows), "
+            f"but this machine has {memory / 2**30:.1f} GiB. {_how_to_bound(call, tokens)}"
         )
     if max(rows, tokens * config.experts_per_token * call.num_pes) >= 2**31:
         raise ValueError(
