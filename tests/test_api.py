@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from measures import assert_close
 
 import flashmoe_jax as fm
+from flashmoe_jax import api
 from flashmoe_jax.params import partition_specs
 
 E, K, H, D = 8, 2, 12, 20
@@ -55,6 +57,12 @@ def value_and_gradients(apply: Any, x: jax.Array, params: fm.MoEParams) -> Any:
     return outputs, gradients
 
 
+@functools.cache
+def oracle(*lead: int) -> Any:
+    """What the oracle gives for `make_inputs(*lead)`, compiled once for all tests."""
+    return value_and_gradients(layer("dense"), *make_inputs(*lead))
+
+
 def assert_same(got: Any, want: Any, dropped: bool = False) -> None:
     """Outputs of `value_and_gradients`; counts must be equal."""
     (y, aux), gradients = got
@@ -73,7 +81,7 @@ def test_on_a_mesh(sizes: dict[str, int], axis_type: AxisType, make_mesh: MeshMa
     x, params = make_inputs(8, 6)
     mesh = make_mesh(axis_type, **sizes)
     got = value_and_gradients(layer("xla", mesh=mesh), x, params)
-    assert_same(got, value_and_gradients(layer("dense"), x, params))
+    assert_same(got, oracle(8, 6))
 
 
 @pytest.mark.smoke
@@ -96,7 +104,7 @@ def test_tokens_that_do_not_divide_among_the_shards(
 def test_gradients_where_tokens_are_padded(make_mesh: MeshMaker) -> None:
     x, params = make_inputs(3, 6)
     got = value_and_gradients(layer("xla", mesh=make_mesh(data=2, expert=4)), x, params)
-    assert_same(got, value_and_gradients(layer("dense"), x, params))
+    assert_same(got, oracle(3, 6))
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=str)
@@ -125,8 +133,9 @@ def test_every_expert_parallel_group_drops_by_itself(
 
 
 def test_capacity_counts_real_tokens_only(make_mesh: MeshMaker) -> None:
-    # 9 tokens on 8 PEs are padded to 16; their capacity stays that of 9.
-    config = dataclasses.replace(CONFIG, capacity_factor=0.5)
+    # 9 tokens on 8 PEs are padded to 16, whose capacity would be 2; that of 9 is 1.
+    config = dataclasses.replace(CONFIG, capacity_factor=0.4)
+    assert (config.capacity(9), config.capacity(16)) == (1, 2)
     x, params = make_inputs(9)
     got = layer("xla", config, mesh=make_mesh(expert=8))(x, params)
     want = layer("dense", config)(x, params)
@@ -135,18 +144,17 @@ def test_capacity_counts_real_tokens_only(make_mesh: MeshMaker) -> None:
 
 
 def test_without_a_mesh_and_on_one_device(make_mesh: MeshMaker) -> None:
-    x, params = make_inputs(4, 3)
-    want = value_and_gradients(layer("dense"), x, params)
-    assert_same(value_and_gradients(layer("xla"), x, params), want)
+    x, params = make_inputs(8, 6)
+    assert_same(value_and_gradients(layer("xla"), x, params), oracle(8, 6))
     mesh = make_mesh(data=1, expert=1)
-    assert_same(value_and_gradients(layer("xla", mesh=mesh), x, params), want)
+    assert_same(value_and_gradients(layer("xla", mesh=mesh), x, params), oracle(8, 6))
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=str)
 def test_the_mesh_of_set_mesh(axis_type: AxisType, make_mesh: MeshMaker) -> None:
-    x, params = make_inputs(8, 3)
-    want = value_and_gradients(layer("dense"), x, params)
+    x, params = make_inputs(8, 6)
+    want = oracle(8, 6)
     mesh = make_mesh(axis_type, data=2, expert=4)
     with jax.set_mesh(mesh):
         specs = partition_specs(CONFIG, "expert")
@@ -200,11 +208,10 @@ def test_eager_and_jitted_calls_agree_bitwise(make_mesh: MeshMaker) -> None:
 
 
 def test_other_axis_names(make_mesh: MeshMaker) -> None:
-    x, params = make_inputs(8, 3)
+    x, params = make_inputs(8, 6)
     mesh = make_mesh(rows=2, ep=2, seq=2)
     apply = layer("xla", mesh=mesh, expert_axis="ep", token_axes=("rows", "seq", "ep"))
-    got = value_and_gradients(apply, x, params)
-    assert_same(got, value_and_gradients(layer("dense"), x, params))
+    assert_same(value_and_gradients(apply, x, params), oracle(8, 6))
 
 
 def test_mask_and_jitter_do_not_depend_on_the_sharding(make_mesh: MeshMaker) -> None:
@@ -300,27 +307,15 @@ def local_layer(mesh: Mesh, check_vma: bool, config: fm.MoEConfig = CONFIG, **kw
 
 def test_moe_local(make_mesh: MeshMaker) -> None:
     x, params = make_inputs(8, 6)
-    want = value_and_gradients(layer("dense"), x, params)
     apply = local_layer(make_mesh(data=2, expert=4), True, implementation="xla")
-    assert_same(value_and_gradients(apply, x, params), want)
+    assert_same(value_and_gradients(apply, x, params), oracle(8, 6))
 
 
 def test_moe_local_without_check_vma(make_mesh: MeshMaker) -> None:
     x, params = make_inputs(8, 6)
     mesh = make_mesh(data=2, expert=4)
     apply = local_layer(mesh, False, implementation="xla", token_axes=("data", "expert"))
-
-    def output(apply: Any) -> Any:
-        readout = np.asarray(jax.random.normal(jax.random.key(3), x.shape))
-
-        def loss(x: jax.Array, params: fm.MoEParams) -> tuple[jax.Array, Any]:
-            y, aux = apply(x, params)
-            return jnp.sum(y * readout), (y, aux)
-
-        gradients, outputs = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params)
-        return outputs, gradients
-
-    assert_same(output(apply), output(layer("dense")))
+    assert_same(value_and_gradients(apply, x, params), oracle(8, 6))
 
 
 def test_moe_local_draws_the_jitter_of_the_whole_batch(make_mesh: MeshMaker) -> None:
@@ -363,3 +358,45 @@ def test_composes_with_scan_remat_and_vmap(implementation: str, make_mesh: MeshM
     batched = jax.jit(jax.vmap(apply, in_axes=(None, 0)))(x, stacked)[0]
     for i, params in enumerate(stack):
         assert_close(batched[i], apply(x, params)[0], ROUNDING)
+
+
+@pytest.fixture
+def no_warning_given_yet() -> None:
+    api._warn_once.cache_clear()
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("no_warning_given_yet")
+def test_auto_says_once_why_it_is_not_fused(
+    make_mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platforms = []
+
+    def unavailable_reason(platform: str) -> str:
+        platforms.append(platform)
+        return "the test says no"
+
+    monkeypatch.setattr("flashmoe_jax._ffi.unavailable_reason", unavailable_reason)
+    x, params = make_inputs(8, 3)
+    mesh = make_mesh(expert=4)
+    message = "implementation='xla' instead of 'fused': the test says no"
+    with pytest.warns(UserWarning, match=message) as warned:
+        y, _ = layer("auto", mesh=mesh)(x, params)
+    assert [one.filename for one in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer("auto")(x, params)
+        with jax.set_mesh(mesh):
+            layer("auto")(x, params)
+    assert platforms == ["cpu"] * 3
+    np.testing.assert_array_equal(y, layer("xla", mesh=mesh)(x, params)[0])
+
+
+@pytest.mark.usefixtures("no_warning_given_yet")
+def test_auto_computes_float64_with_xla() -> None:
+    x, params = make_inputs(8, 3)
+    with jax.enable_x64(True):
+        x, params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, params))
+        with pytest.warns(UserWarning, match="it does not compute float64"):
+            y, _ = layer("auto")(x, params)
+    assert y.dtype == jnp.float64

@@ -370,3 +370,19 @@ def test_moe_local_with_the_experts_of_all(make_mesh: MeshMaker) -> None:
 
     with pytest.raises(ValueError, match=r"params.\w+ has shape \(8, .*; it must be \(4, "):
         in_shard_map(run, make_mesh(expert=2), {"expert"})
+
+
+def test_fused_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmoe_jax._ffi.unavailable_reason", lambda platform: f"no {platform}")
+    message = "implementation='fused' is not available: no cpu; use implementation='xla'"
+    with pytest.raises(ValueError, match=message):
+        call(implementation="fused")
+
+
+def test_fused_in_float64() -> None:
+    with jax.enable_x64(True), pytest.raises(ValueError, match="it does not compute float64"):
+        call(
+            X.astype(np.float64),
+            jax.tree.map(lambda leaf: leaf.astype(np.float64), PARAMS),
+            implementation="fused",
+        )

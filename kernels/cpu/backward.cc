@@ -35,7 +35,7 @@ class Backward final : public PeCall {
     const int32_t tiles = shape_.intermediate_tiles();
     return {tiles, shape_.hidden_tiles(), tiles};
   }
-  void reserve(Arena& arena, int64_t rows) override {
+  void prepare(Arena& arena, int64_t rows) override {
     const int64_t width = shape_.intermediate;
     if (gated()) d_gate_ = arena.reserve(kGradGate, rows * width);
     d_up_ = arena.reserve(kGradUp, rows * width);

@@ -28,8 +28,8 @@ class Doorbell {
     changed_.notify_all();
   }
 
-  // Waits until `ready()`, which reads its signals with acquire order or stronger. False: the
-  // deadline passed.
+  // Waits until `ready()`, which reads its signals sequentially consistently. False: the deadline
+  // passed.
   template <typename Ready>
   bool wait(Ready ready, Clock::time_point deadline) {
     constexpr int kYields = 64;

@@ -55,8 +55,11 @@ CallSite::Run& CallSite::run(int64_t id) {
 
 std::shared_ptr<Team> CallSite::join(Run& run, const Entry& entry) {
   const int64_t call = run.entries[entry.device]++;
+  const size_t rank = static_cast<size_t>(entry.rank);
   for (const std::shared_ptr<Team>& team : run.teams) {
-    if (team->group == entry.group && team->call == call && !team->entries[entry.rank]) return team;
+    if (team->group != entry.group || team->call != call) continue;
+    // A rank that the team does not have: the caller will find that the sizes differ.
+    if (rank >= team->entries.size() || !team->entries[rank]) return team;
   }
   const auto team = std::make_shared<Team>();
   team->run = run.id;
@@ -111,6 +114,7 @@ void Engine::enter(CallSite& site, Entry entry) {
       if (other != team->entries.end() && !((*other)->config == entry.config)) {
         refusal = "PE " + std::to_string(entry.rank) +
                   " entered the call with other sizes than PE " + std::to_string((*other)->rank);
+        mark_failed(run.id, refusal);
       } else {
         if (team->present == 0) {
           team->deadline = Clock::now() + entry.config.deadline;
@@ -134,7 +138,7 @@ void Engine::enter(CallSite& site, Entry entry) {
       }
     }
   }
-  for (const Done& done : refused) done(refusal);
+  for (const Done& done : refused) refuse(done, refusal);
 }
 
 void Engine::start(Team& team) {
@@ -146,6 +150,8 @@ void Engine::start(Team& team) {
   call->running = num_pes;
   call->heaps = take_heaps(config);
   for (int32_t rank = 0; rank < num_pes; ++rank) {
+    // Whatever can fail comes before the first job: from then on the PEs end by themselves.
+    for (int32_t index = 0; index < workers; ++index) worker(call->entries[rank].device, index);
     call->arenas.push_back(take_arena());
     call->pes.push_back(std::visit(
         [&](const auto& buffers) {
@@ -169,6 +175,11 @@ void Engine::start(Team& team) {
           });
     }
   }
+}
+
+void Engine::refuse(const Done& done, const std::string& message) {
+  refusals_.give(
+      [done, message]() -> std::function<void()> { return [done, message] { done(message); }; });
 }
 
 Worker& Engine::worker(int32_t device, int32_t index) {
@@ -245,13 +256,9 @@ void Engine::watch() {
     waiting_.remove(lost);
     if (failure_of(lost->run) == nullptr) mark_failed(lost->run, describe_missing(*lost));
     const std::string message = *failure_of(lost->run);
-    std::vector<Done> present;
     for (const std::optional<Entry>& entry : lost->entries) {
-      if (entry) present.push_back(entry->done);
+      if (entry) refuse(entry->done, message);
     }
-    lock.unlock();
-    for (const Done& done : present) done(message);
-    lock.lock();
   }
 }
 

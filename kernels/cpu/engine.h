@@ -85,13 +85,13 @@ class Engine {
  public:
   // `cores` are shared out among the PEs of a call, at least one worker each.
   explicit Engine(int32_t cores);
+  // All calls must have ended.
   ~Engine();
 
   // The engine of the process, with the cores that it may run on (or FLASHMOE_CPU_THREADS).
   static Engine& instance();
 
-  // Enters a call. `done` is called later, once, from another thread or, if the entry makes no
-  // sense, from this one.
+  // Enters a call. `done` is called once, from another thread.
   void enter(CallSite& site, Entry entry);
 
  private:
@@ -102,6 +102,8 @@ class Engine {
   std::shared_ptr<HeapGroup> take_heaps(const CallConfig& config);
   std::unique_ptr<Arena> take_arena();
   void leave(Call& call, int32_t rank);
+  // Ends the part of a PE in a call that does not take place.
+  void refuse(const Done& done, const std::string& message);
   const std::string* failure_of(int64_t run) const;           // or null; mutex_ is held
   void mark_failed(int64_t run, const std::string& message);  // mutex_ is held
   void watch();
@@ -122,6 +124,9 @@ class Engine {
   std::list<std::shared_ptr<Team>> waiting_;
   std::condition_variable waiting_changed_;
   bool stopping_ = false;
+  // Tells those who are refused. The watchdog must not: XLA may keep the thread that completes a
+  // future for long, while other deadlines pass.
+  Worker refusals_;
   std::thread watchdog_;
 };
 

@@ -166,7 +166,9 @@ void Exchange::await_rows(const core::Tile& tile) {
         [&] {
           std::string sources;
           for (int32_t pe = 0; pe < config_.shape.num_pes; ++pe) {
-            if (plan_.kept_rows(pe, tile.expert) > 0) sources.append(" ").append(std::to_string(pe));
+            if (plan_.kept_rows(pe, tile.expert) > 0) {
+              sources.append(" ").append(std::to_string(pe));
+            }
           }
           return "rows missing in phase expert for expert " + std::to_string(tile.expert) +
                  ", row block " + std::to_string(tile.block) + ", awaited from PEs" + sources +

@@ -21,8 +21,9 @@ class Forward final : public PeCall {
   TileCounts tile_counts() const override {
     return {shape_.intermediate_tiles(), shape_.hidden_tiles(), 0};
   }
-  void reserve(Arena& arena, int64_t rows) override {
+  void prepare(Arena& arena, int64_t rows) override {
     activated_ = arena.reserve(0, rows * shape_.intermediate);
+    *buffers_.dropped = exchange_.dropped();
   }
 
   void dispatch(int64_t step) override {
@@ -106,7 +107,6 @@ class Forward final : public PeCall {
       }
       convert(sum.data(), hidden, static_cast<S*>(buffers_.y) + t * hidden, hidden, 1, hidden);
     }
-    if (token_block == 0) *buffers_.dropped = exchange_.dropped();
   }
 
   static void add_to_rows(Matrix m, int64_t rows, int64_t columns, const S* bias) {

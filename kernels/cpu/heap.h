@@ -80,7 +80,7 @@ class HeapGroup {
   uint32_t epoch() const { return epoch_; }
   void next_epoch() { ++epoch_; }
 
-  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  bool failed() const { return failed_.load(); }
   // Ends the waits of all PEs. The first message stays.
   void fail(const std::string& message);
   std::string failure() const;

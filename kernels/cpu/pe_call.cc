@@ -42,7 +42,7 @@ void PeCall::begin(Arena& arena) {
                            counts.weights};
   const int64_t blocks = order_.blocks_before(shape_.local_experts());
   first_tiles_done_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
-  reserve(arena, blocks * shape_.block_rows);
+  prepare(arena, blocks * shape_.block_rows);
 }
 
 void PeCall::take_tasks() {

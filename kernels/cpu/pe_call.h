@@ -34,8 +34,9 @@ class PeCall {
  protected:
   virtual const RoutedTokens& tokens() const = 0;
   virtual TileCounts tile_counts() const = 0;
-  // Takes memory for the intermediate results of `rows` rows.
-  virtual void reserve(Arena& arena, int64_t rows) = 0;
+  // Called once, as soon as the plan is known. Takes memory for the intermediate results of `rows`
+  // rows.
+  virtual void prepare(Arena& arena, int64_t rows) = 0;
   virtual void dispatch(int64_t step) = 0;
   virtual void first_tile(const core::Tile& tile, TileBuffers& buffers) = 0;
   virtual void second_tile(const core::Tile& tile, TileBuffers& buffers) = 0;

@@ -1,8 +1,15 @@
 #include "kernels/cpu/worker.h"
 
+#include <cfenv>
+#include <system_error>
 #include <utility>
 
 namespace flashmoe::cpu {
+
+Worker::Worker() {
+  const std::lock_guard lock(mutex_);
+  add_thread();
+}
 
 Worker::~Worker() {
   {
@@ -19,18 +26,31 @@ void Worker::give(Job job) {
   if (!working_) wake_somebody();
 }
 
+void Worker::add_thread() {
+  threads_.emplace_back([this] { serve(); });
+  ++waiting_;
+}
+
 void Worker::wake_somebody() {
   if (waiting_ > 0) {
     changed_.notify_one();
-  } else {
-    threads_.emplace_back([this] { serve(); });
+    return;
+  }
+  try {
+    add_thread();
+  } catch (const std::system_error&) {
+    // The system has no thread left. The job waits until one of ours is through with the second
+    // part of its job.
   }
 }
 
 void Worker::serve() {
+  // A thread begins with the floating-point environment of the one that made it, and XLA's threads
+  // flush subnormal numbers to zero: results would depend on who entered the first call, and
+  // subnormal halves would be lost.
+  std::fesetenv(FE_DFL_ENV);
   std::unique_lock lock(mutex_);
-  for (;;) {
-    ++waiting_;
+  for (;; ++waiting_) {
     changed_.wait(lock, [&] { return stopping_ || (!working_ && !jobs_.empty()); });
     --waiting_;
     if (stopping_) return;

@@ -19,7 +19,10 @@ using Job = std::function<std::function<void()>()>;
 
 class Worker {
  public:
-  Worker() = default;
+  // Starts the first thread, so that later, with a call under way, giving it a job cannot fail.
+  // Throws std::system_error if the system has no thread left.
+  Worker();
+  // Jobs that have not begun are forgotten.
   ~Worker();
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -28,13 +31,15 @@ class Worker {
 
  private:
   void serve();
-  void wake_somebody();  // mutex_ is held
+  // Both with mutex_ held:
+  void add_thread();
+  void wake_somebody();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Job> jobs_;
   std::vector<std::thread> threads_;
-  int waiting_ = 0;       // threads that wait for a job
+  int waiting_ = 0;       // threads that wait for a job or are about to
   bool working_ = false;  // a thread is in the first part of a job
   bool stopping_ = false;
 };

@@ -17,9 +17,10 @@ namespace flashmoe::cpu {
 template <int kCount>
 class Buffers {
  public:
-  // Room for `count` floats in buffer i; what it held is lost if it had to grow.
+  // Room for `count` floats in buffer i, null for none; what it held is lost if it had to grow.
   float* reserve(int i, int64_t count) {
     Buffer& buffer = buffers_[i];
+    if (count == 0) return nullptr;
     if (buffer.count < count) {
       buffer.memory = nullptr;  // first give back, then take
       buffer.memory = std::make_unique<Memory>(count * static_cast<int64_t>(sizeof(float)));
