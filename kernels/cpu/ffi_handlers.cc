@@ -1,5 +1,6 @@
 #include "kernels/cpu/ffi_handlers.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -146,8 +147,9 @@ ffi::Future enter(CallSiteState* state, ffi::RunId run, int32_t device,
   config.dtype = *dtype;
   config.activation = static_cast<Activation>(attributes.activation);
   config.tag = state->site.tag();
+  // At most 30 years, far from the end of the clock's range.
   config.deadline = std::chrono::duration_cast<std::chrono::nanoseconds>(
-      std::chrono::duration<double>(attributes.deadline_seconds));
+      std::chrono::duration<double>(std::min(attributes.deadline_seconds, 1e9)));
   config.check_weights = attributes.check_weights;
   entry.buffers = std::move(buffers);
   entry.done = [promise](std::optional<std::string> error) mutable {
