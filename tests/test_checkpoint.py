@@ -147,6 +147,7 @@ def test_linen_variables_saved_with_8_pes(tmp_path: Path, make_mesh: MeshMaker) 
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_linen_checkpoint_in_an_nnx_layer(tmp_path: Path, make_mesh: MeshMaker) -> None:
     module = linen.MoE(CONFIG, implementation="xla", deterministic=True)
     variables = nn.unbox(module.init(jax.random.key(0), tokens()))

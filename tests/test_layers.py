@@ -241,6 +241,7 @@ def test_mesh_that_does_not_fit(api: str, make_mesh: MeshMaker) -> None:
 # Agreement
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", ["fused", "xla", "dense"])
 @each_config
 def test_layers_agree_with_the_operator_bitwise(
@@ -255,6 +256,7 @@ def test_layers_agree_with_the_operator_bitwise(
         assert_same(module.apply(linen_variables(nnx_arrays(layer)), x), want)
 
 
+@pytest.mark.smoke
 @each_config
 def test_parameters_convert_both_ways_bitwise(config: fm.MoEConfig) -> None:
     x = tokens()
@@ -351,6 +353,13 @@ def test_gradients_have_the_dtype_of_the_parameters() -> None:
     layer = nnx_layer(dtype=jnp.bfloat16)
     gradients = nnx.grad(lambda layer: layer(tokens())[0].astype(jnp.float32).sum())(layer)
     assert {a.dtype for a in jax.tree.leaves(nnx.as_pure(gradients))} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_integer_tokens_are_refused(api: str) -> None:
+    x = jnp.ones((8, 16), jnp.int32)
+    with pytest.raises(TypeError, match="x has dtype int32"):
+        nnx_layer()(x) if api == "nnx" else linen_layer().init(jax.random.key(0), x)
 
 
 # Jitter

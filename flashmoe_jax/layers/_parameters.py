@@ -132,6 +132,8 @@ def cast(x: jax.Array, params: MoEParams, dtype: DTypeLike | None) -> tuple[jax.
         params: The parameters in their own dtype.
         dtype: The compute dtype; None: what x and the experts promote to, as in Flax's layers.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x, params  # `moe` refuses it; a cast would hide the mistake.
     if dtype is None:
         dtype = jnp.result_type(x, params.up)
     named = {

@@ -1,0 +1,1 @@
+"""One suite of cases for every implementation of the operator, against the float64 oracle."""
