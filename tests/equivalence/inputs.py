@@ -124,7 +124,7 @@ def _token_scale(layer: Layer) -> float:
 
 
 def _cotangent_scale(layer: Layer) -> float:
-    # A caller's routing can send all rows to one expert, which drops most of them if it has a limit.
+    # A caller's routing can send all rows to one expert; a limit then drops most of them.
     few_rows = layer.router == "caller" and layer.limit != "dropless"
     return (0.8 if few_rows else 0.55) * min(1.0, (24 / layer.hidden) ** 0.25)
 
