@@ -81,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         report_file = output / "report.json"
         if not report_file.exists():
+            print(f"Training the first {args.compare_steps} steps again with fused and with xla.")
             timings, fused_unavailable = compare(settings, mesh, batch, args.compare_steps)
+            print("Writing a sample.")
+            sample = trainer.sample(PROMPT)
             Report(
                 settings=settings,
                 history=history,
                 unigram_entropy=entropy,
-                sample=trainer.sample(PROMPT),
+                sample=sample,
                 timings=timings,
                 fused_unavailable=fused_unavailable,
             ).save(report_file)
@@ -244,6 +247,7 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -61,7 +61,7 @@ def test_a_size_out_of_range(name: str, value: object) -> None:
         ({"experts_per_token": 5}, "experts_per_token=5 is more than num_experts=4"),
         ({"num_pes": 2**16, "num_experts": 2**16}, "num_pes [*] num_experts is 4294967296"),
         ({"tokens": 2**30, "experts_per_token": 2}, "experts_per_token is 4294967296"),
-        ({"max_rows": 2**31 - 1}, "the receive buffer, in rows, is 2147483656"),
+        ({"max_rows": 2**31 - 1}, "the receive buffer, in rows, is 2147483652"),
         ({"max_rows": 2, "block_rows": 2**31 - 1}, "the receive buffer, in rows, is 4294967294"),
     ],
 )

@@ -119,7 +119,7 @@ class Layer:
                 # A single renormalised score is always 1, and no gradient reaches the router.
                 renormalize=self.experts_per_token > 1,
                 # The weighted sum of K outputs is then about as large as one of them.
-                scaling_factor=self.experts_per_token**0.5 if self.experts_per_token > 1 else 2.5,
+                scaling_factor=self.experts_per_token**0.5 if self.experts_per_token > 1 else 3.0,
                 selection_bias=sigmoid,
             ),
         )
