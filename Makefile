@@ -17,7 +17,7 @@ CXX_SOURCES = $(shell find kernels tests/native -name '*.h' -o -name '*.cc')
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-smoke soak native-test native-tsan native-asan lint format clean
+.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -37,6 +37,9 @@ test-smoke: venv  ## run the part of the tests that every supported Python runs
 
 soak: venv  ## compare every combination of cases with the oracle (about an hour)
 	FLASHMOE_SOAK=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) tests/equivalence $(ARGS)
+
+bench: venv  ## measure the operator against its alternatives (minutes)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 native-test: native-tsan native-asan  ## run the native stress test under the sanitizers
 
