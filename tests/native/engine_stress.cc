@@ -58,7 +58,8 @@ bool is_wanted(const std::string& name, const std::vector<std::string>& filters)
 
 int run(uint64_t seed, const std::vector<std::string>& filters) {
   std::vector<Case> cases;
-  for (auto group : {numerics_cases, worker_cases, exchange_cases, engine_cases, fault_cases}) {
+  for (auto group : {numerics_cases, worker_cases, exchange_cases, engine_cases, fault_cases,
+                     product_cases, vector_loop_cases}) {
     std::vector<Case> more = group();
     std::move(more.begin(), more.end(), std::back_inserter(cases));
   }

@@ -23,6 +23,8 @@ std::vector<Case> worker_cases();
 std::vector<Case> exchange_cases();
 std::vector<Case> engine_cases();
 std::vector<Case> fault_cases();
+std::vector<Case> product_cases();
+std::vector<Case> vector_loop_cases();
 
 class CheckFailed : public std::runtime_error {
  public:
