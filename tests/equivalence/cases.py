@@ -119,10 +119,16 @@ class Layer:
                 # A single renormalised score is always 1, and no gradient reaches the router.
                 renormalize=self.experts_per_token > 1,
                 # The weighted sum of K outputs is then about as large as one of them.
-                scaling_factor=self.experts_per_token**0.5 if self.experts_per_token > 1 else 3.0,
+                scaling_factor=self._router_scale,
                 selection_bias=sigmoid,
             ),
         )
+
+    @property
+    def _router_scale(self) -> float:
+        if self.experts_per_token > 1:
+            return self.experts_per_token**0.5
+        return 2.5 if self.router == "sigmoid" else 4.0  # A score is then about 0.6, or 0.25.
 
     def __str__(self) -> str:
         words = [
