@@ -1,5 +1,6 @@
 // Which instruction sets this CPU has, and which of them to use.
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -50,7 +51,7 @@ class Cpu {
   }
   bool avx512_bf16() const { return avx512() && has(leaf7_1_eax_, 5); }
   bool amx_bf16() const {  // AMX-TILE, AMX-BF16
-    return avx512() && saves({17, 18}) && has(leaf7_edx_, 24) && has(leaf7_edx_, 22);
+    return avx512_bf16() && saves({17, 18}) && has(leaf7_edx_, 24) && has(leaf7_edx_, 22);
   }
 
   static bool is_intel() {
@@ -110,8 +111,8 @@ const KernelSet& preferred() {
   const std::vector<KernelSet>& sets = supported_kernels();
   const KernelSet* best = &sets.back();
 #if defined(__x86_64__)
-  // Intel's cores do one dot product instruction in the time of more than two multiply-adds (114
-  // against 212 GFLOP/s on Sapphire Rapids), so that it only costs there.
+  // Intel's cores take more than twice as long for this dot product as for a multiply-add (measured
+  // for products: 114 against 212 GFLOP/s), so that it only costs there.
   if (best->name == std::string_view("avx512_bf16") && Cpu::is_intel()) --best;
 #endif
   return *best;
@@ -137,7 +138,7 @@ const KernelSet& find_kernels(std::string_view name) {
 }
 
 const KernelSet& kernel_set() {
-  static const KernelSet& chosen = [&]() -> const KernelSet& {
+  static const KernelSet& chosen = []() -> const KernelSet& {
     const char* value = std::getenv(kVariable);
     return find_kernels(value == nullptr ? "" : value);
   }();

@@ -28,8 +28,8 @@ struct Operand {
   Transpose transpose = Transpose::kNo;
 };
 
-// c [m, n] = op(a) [m, k] @ op(b) [k, n] (+ c). Multiplied exactly, added in float; `rounded`,
-// where given, takes the result in the storage type instead of c. The result overlaps no operand.
+// c [m, n] = op(a) [m, k] @ op(b) [k, n] (+ c), summed in float. Where `rounded` is given, it takes
+// the result, in the storage type, instead of c. The result overlaps no operand.
 //
 // Element (i, j) is one chain of additions over ascending k, from 0 or from c. Its bits depend on
 // row i of op(a), column j of op(b), k and the instruction set, and on nothing else: neither on m,
@@ -37,7 +37,7 @@ struct Operand {
 // the chain adds: products, each rounded with the sum (by a fused multiply-add) where the
 // instruction set has that, else twice. BFloat16 with avx512_bf16: pairs of products; with amx: the
 // sum of the even and the sum of the odd products of 32 neighbours; both take subnormal numbers for
-// zeros.
+// zeros, in `rounded` too.
 template <typename S>
 struct Product {
   int64_t m, n, k;

@@ -20,8 +20,8 @@ struct Block {
 
 // Cuts `total` into equal parts, all but the last a multiple of `unit`, of at most `most` each.
 inline int64_t equal_parts(int64_t total, int64_t most, int64_t unit) {
-  return round_up(
-      ceil_div(std::max<int64_t>(total, 1), ceil_div(std::max<int64_t>(total, 1), most)), unit);
+  const int64_t parts = std::max<int64_t>(ceil_div(total, most), 1);
+  return round_up(std::max<int64_t>(ceil_div(total, parts), 1), unit);
 }
 
 // Calls f(block) for all blocks of a product: of each column block all row blocks, of each of these
@@ -58,6 +58,7 @@ inline MatrixView<float> result_of(const Product<S>& p, const Block& block) {
   }
   return {scratch<float>(Scratch::kResult, block.rows * block.columns), block.columns};
 }
+
 // To be called for all rows of every block: rounds them when their sums are complete.
 template <typename S>
 inline void round_rows(const Product<S>& p, const Block& block, int64_t first, int64_t count) {
@@ -83,8 +84,7 @@ struct Factors {
 template <typename Unit, typename S>
 inline Factors<Unit> factors_of(const Operand<S>& a, const Block& block) {
   constexpr int kDepth = kUnitDepth<Unit>;
-  constexpr int64_t kPadding =
-      16;  // rows that are not a power of two apart, against cache conflicts
+  constexpr int64_t kPadding = 16;  // rows a power of two apart would contend for the cache
   const int64_t units = ceil_div(block.depth, kDepth);
   if (a.transpose == Transpose::kNo) {
     const S* from = a.data + block.row * a.stride + block.k;

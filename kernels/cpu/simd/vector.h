@@ -12,7 +12,7 @@
 
 #include "kernels/cpu/storage.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -36,6 +36,11 @@ using Vector [[gnu::vector_size(kLanes * 4)]] = float;
 using Words [[gnu::vector_size(kLanes * 4)]] = uint32_t;
 using Halves [[gnu::vector_size(kLanes * 2)]] = uint16_t;
 
+template <typename To, typename From>
+inline To reinterpret(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
 // Vectors from and to memory of any alignment.
 template <typename V>
 inline V load_as(const void* from) {
@@ -56,37 +61,33 @@ template <typename V, typename T>
   return v;
 }
 
-inline Words widen(Halves h) { return __builtin_convertvector(h, Words); }
-
-inline Vector load(const float* from) { return load_as<Vector>(from); }
-inline void store(Vector v, float* to) { store_as(v, to); }
-
-inline Vector load(const BFloat16* from) {
-  return __builtin_bit_cast(Vector, widen(load_as<Halves>(from)) << 16);
-}
-// As from_float; the instruction that AVX512_BF16 has for this takes subnormal numbers for zeros.
-inline void store(Vector v, BFloat16* to) {
-  const Words bits = __builtin_bit_cast(Words, v);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40u;
-  const Words is_nan = __builtin_bit_cast(Words, v != v);
-  store_as(__builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), Halves), to);
-}
-
+// What the compilers have no good words for. The masks are there because GCC 12 warns, falsely, of
+// the AVX-512 intrinsics without.
 #if defined(__AVX512F__)
-// With masks, because GCC 12 warns, falsely, of the intrinsics without.
+inline Words widen(Halves h) {
+  return reinterpret<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret<__m256i>(h)));
+}
+inline Halves narrow(Words w) {
+  return reinterpret<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret<__m512i>(w)));
+}
 inline Vector load(const Float16* from) {
   return _mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from));
 }
 inline void store(Vector v, Float16* to) {
   store_as(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), to);
 }
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
+inline Words widen(Halves h) {
+  return reinterpret<Words>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(h)));
+}
+inline Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
 inline Vector load(const Float16* from) { return _mm256_cvtph_ps(load_as<__m128i>(from)); }
 inline void store(Vector v, Float16* to) {
   store_as(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), to);
 }
 #else
+inline Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+inline Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
 inline Vector load(const Float16* from) {
   Vector v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
@@ -94,6 +95,25 @@ inline Vector load(const Float16* from) {
 }
 inline void store(Vector v, Float16* to) {
   for (int i = 0; i < kLanes; ++i) to[i] = from_float<Float16>(v[i]);
+}
+#endif
+
+inline Vector load(const float* from) { return load_as<Vector>(from); }
+inline void store(Vector v, float* to) { store_as(v, to); }
+
+inline Vector load(const BFloat16* from) {
+  return reinterpret<Vector>(widen(load_as<Halves>(from)) << 16);
+}
+#if defined(__AVX512BF16__)
+// One instruction, which takes subnormal numbers for zeros. Only products are compiled with it; the
+// loops round as from_float does.
+inline void store(Vector v, BFloat16* to) { store_as(_mm512_cvtneps_pbh(v), to); }
+#else
+inline void store(Vector v, BFloat16* to) {
+  const Words bits = reinterpret<Words>(v);
+  const Words high = bits >> 16;
+  const Words rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+  store_as(narrow(v != v ? high | 0x40u : rounded), to);
 }
 #endif
 
