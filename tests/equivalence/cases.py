@@ -108,7 +108,7 @@ class Layer:
             gated=self.gated,
             use_bias=self.use_bias,
             num_shared_experts=self.num_shared_experts,
-            capacity_factor=1.5 if "capacity" in self.limit else None,
+            capacity_factor=1.75 if "capacity" in self.limit else None,
             max_received_rows=(
                 max(rows, self.num_experts // self.num_pes) if "memory" in self.limit else None
             ),

@@ -126,7 +126,7 @@ def _token_scale(layer: Layer) -> float:
 def _cotangent_scale(layer: Layer) -> float:
     # A caller's routing can send all rows to one expert; a limit then drops most of them.
     few_rows = layer.router == "caller" and layer.limit != "dropless"
-    return (0.8 if few_rows else 0.55) * min(1.0, (24 / layer.hidden) ** 0.25)
+    return (0.65 if few_rows else 0.55) * min(1.0, (24 / layer.hidden) ** 0.25)
 
 
 def _router(layer: Layer, random: np.random.Generator) -> Array:
@@ -168,12 +168,14 @@ def _chosen_experts(layer: Layer, load: Load, random: np.random.Generator) -> Ar
 
 
 def _caller_routing(layer: Layer, chosen: Array, random: np.random.Generator) -> fm.Routing:
-    """The chosen experts with weights of both signs; a tenth of the slots is masked, weight NaN."""
+    """The chosen experts with weights of both signs; a tenth of the slots is masked, weight NaN.
+
+    The weights of one token have one sign, lest those of a token that names one expert K times
+    cancel.
+    """
     masked = random.random(chosen.shape) < 0.1
-    weights: Array = random.uniform(0.5, 1.5, chosen.shape) * random.choice(
-        [-1.0, 1.0], chosen.shape
-    )
-    weights *= layer.experts_per_token**-0.5
+    weights: Array = random.uniform(0.5, 1.5, chosen.shape)
+    weights *= layer.experts_per_token**-0.5 * random.choice([-1, 1], (layer.tokens, 1))
     indices: Array = np.where(masked, -1, chosen).astype(np.int32)
     weights = np.where(masked, np.nan, weights).astype(np.float32)
     return fm.Routing(indices, weights)
