@@ -30,7 +30,7 @@ from benchmarks.opponents import OPPONENTS, Opponent
 from benchmarks.request import Options, Request, Setting
 from benchmarks.results import CaseResult, GroupResult, Run, RunStatus, Timing, decode
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "scipy-openblas32", "torch")
+_PACKAGES = ("jax", "jaxlib", "numpy", "torch")
 
 
 class WrongResultError(Exception):

@@ -1,29 +1,17 @@
 """Registration of the custom call with XLA, and whether it can be used here."""
 
-import ctypes
 import functools
-import importlib.resources
 from types import ModuleType
 
 import jax
 
 
 @functools.cache
-def _preload_blas() -> None:
-    """Loads the BLAS that the extension links, wherever site-packages has it."""
-    library = importlib.resources.files("scipy_openblas32") / "lib" / "libscipy_openblas.so"
-    ctypes.CDLL(str(library))
-
-
-@functools.cache
 def _extension() -> ModuleType | ImportError:
     try:
-        _preload_blas()
         from flashmoe_jax import _ext
     except ImportError as error:
         return error
-    except OSError as error:
-        return ImportError(str(error))
     return _ext
 
 

@@ -1,6 +1,9 @@
 """Bad input: each is refused before anything runs, and the message says what to do."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -386,3 +389,21 @@ def test_fused_in_float64() -> None:
             jax.tree.map(lambda leaf: leaf.astype(np.float64), PARAMS),
             implementation="fused",
         )
+
+
+def test_unknown_instruction_set() -> None:
+    program = """
+import jax, flashmoe_jax as fm
+config = fm.MoEConfig(num_experts=2, experts_per_token=1, hidden_size=4, intermediate_size=4)
+params = fm.init_params(jax.random.key(0), config)
+fm.moe(jax.numpy.ones((2, 4)), params, config, implementation="fused")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "FLASHMOE_CPU_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "FLASHMOE_CPU_ISA is 'mmx', but this CPU supports: portable" in process.stderr

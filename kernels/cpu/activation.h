@@ -1,15 +1,16 @@
-// Activations and their derivatives, in float, written so that loops over them vectorise.
+// Activations and their derivatives, in float, written so that loops over them vectorise. Always
+// inlined: files compiled for different instruction sets must not share a copy.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <stdexcept>
 
 namespace flashmoe::cpu {
 
 // The values are part of the FFI attributes; flashmoe_jax/fused.py lists the same names in order.
 enum class Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+inline constexpr int kActivations = static_cast<int>(Activation::kRelu2) + 1;
 
 struct ValueAndSlope {
   float value;
@@ -19,7 +20,7 @@ struct ValueAndSlope {
 // e^x to one unit in the last place between -87.33 and 88.72 (the normal range), +0 below it and
 // infinity above it: x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of degree 7
 // (remainder 5e-9).
-inline float exp_float(float x) {
+[[gnu::always_inline]] inline float exp_float(float x) {
   constexpr float kLowest = -87.33f, kHighest = 88.72f;
   const float clamped = std::min(std::max(kLowest, x), kHighest);  // a NaN becomes kLowest
   constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
@@ -43,10 +44,10 @@ inline float exp_float(float x) {
   return x != x ? x : (x < kLowest ? 0.0f : (x > kHighest ? 1.0f / 0.0f : y));
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
+[[gnu::always_inline]] inline float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
 
 // erf with an absolute error of 1.5e-7 (Abramowitz and Stegun 7.1.26).
-inline float erf_float(float x) {
+[[gnu::always_inline]] inline float erf_float(float x) {
   const float a = x < 0 ? -x : x;
   const float t = 1.0f / (1.0f + 0.3275911f * a);
   float p = 1.061405429f;
@@ -59,7 +60,7 @@ inline float erf_float(float x) {
 }
 
 template <Activation kKind>
-ValueAndSlope activate(float x) {
+[[gnu::always_inline]] inline ValueAndSlope activate(float x) {
   if constexpr (kKind == Activation::kSilu) {
     const float s = sigmoid(x);
     return {x * s, s * (1.0f + x * (1.0f - s))};
@@ -81,24 +82,6 @@ ValueAndSlope activate(float x) {
     const float positive = x > 0 ? x : 0.0f;
     return {x != x ? x : positive * positive, 2.0f * positive};
   }
-}
-
-// Calls f.template operator()<kKind>() for the kind.
-template <typename F>
-void with_activation(Activation kind, F&& f) {
-  switch (kind) {
-    case Activation::kSilu:
-      return f.template operator()<Activation::kSilu>();
-    case Activation::kGelu:
-      return f.template operator()<Activation::kGelu>();
-    case Activation::kGeluTanh:
-      return f.template operator()<Activation::kGeluTanh>();
-    case Activation::kRelu:
-      return f.template operator()<Activation::kRelu>();
-    case Activation::kRelu2:
-      return f.template operator()<Activation::kRelu2>();
-  }
-  throw std::invalid_argument("unknown activation");
 }
 
 }  // namespace flashmoe::cpu

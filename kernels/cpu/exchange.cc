@@ -178,8 +178,10 @@ void Exchange::await_rows(const core::Tile& tile) {
 }
 
 template <typename S>
-void Exchange::put_back(const core::Tile& tile, int64_t column, int64_t columns,
-                        const float* results, int64_t stride, const float* weight_gradients) {
+void Exchange::put_back(const core::Tile& tile, int64_t column,
+                        simd::MatrixView<const float> results, int64_t columns, const S* bias,
+                        const float* weight_gradients) {
+  const auto round_row = simd::kernels<S>().round_row;
   const core::Shape& shape = config_.shape;
   const int64_t slots_per_block = int64_t{shape.block_tokens} * shape.experts_per_token;
   const core::Origin* origin = heap().origin() + first_row(tile);
@@ -194,8 +196,8 @@ void Exchange::put_back(const core::Tile& tile, int64_t column, int64_t columns,
     for (; r < count && origin[r].pe == pe && origin[r].slot / slots_per_block == token_block;
          ++r) {
       const int64_t slot = origin[r].slot;
-      convert(results + r * stride, stride, peer.returned<S>() + slot * shape.hidden + column, 0, 1,
-              columns);
+      round_row(results.data + r * results.stride, bias,
+                peer.returned<S>() + slot * shape.hidden + column, columns);
       if (weight_gradients != nullptr) peer.returned_weight()[slot] = weight_gradients[r];
     }
     peer.came_back()[token_block].fetch_add(static_cast<uint64_t>(r - begin));
@@ -247,11 +249,11 @@ void Exchange::finish() {
 template void Exchange::dispatch(int64_t, const float*, const float*, const float*);
 template void Exchange::dispatch(int64_t, const BFloat16*, const BFloat16*, const float*);
 template void Exchange::dispatch(int64_t, const Float16*, const Float16*, const float*);
-template void Exchange::put_back<float>(const core::Tile&, int64_t, int64_t, const float*, int64_t,
-                                        const float*);
-template void Exchange::put_back<BFloat16>(const core::Tile&, int64_t, int64_t, const float*,
-                                           int64_t, const float*);
-template void Exchange::put_back<Float16>(const core::Tile&, int64_t, int64_t, const float*,
-                                          int64_t, const float*);
+template void Exchange::put_back(const core::Tile&, int64_t, simd::MatrixView<const float>, int64_t,
+                                 const float*, const float*);
+template void Exchange::put_back(const core::Tile&, int64_t, simd::MatrixView<const float>, int64_t,
+                                 const BFloat16*, const float*);
+template void Exchange::put_back(const core::Tile&, int64_t, simd::MatrixView<const float>, int64_t,
+                                 const Float16*, const float*);
 
 }  // namespace flashmoe::cpu

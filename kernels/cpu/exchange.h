@@ -12,6 +12,7 @@
 #include "kernels/core/tile_order.h"
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/heap.h"
+#include "kernels/cpu/simd/kernels.h"
 
 namespace flashmoe::cpu {
 
@@ -40,12 +41,13 @@ class Exchange {
   void dispatch(int64_t step, const S* rows, const S* more_rows, const float* weights);
   // Waits until all rows of a row block are here.
   void await_rows(const core::Tile& tile);
-  // Puts columns [column, column + columns) of the results of a row block into the slots they
-  // belong to; `results` is [rows in the block, columns] with the given stride. In backward the
-  // piece with column 0 brings the gradient of the slot's weight along, else null.
+  // Puts columns [column, column + columns) of the results of a row block, plus the bias of these
+  // columns if there is one, into the slots they belong to; `results` is [rows in the block,
+  // columns]. In backward the piece with column 0 brings the gradient of the slot's weight along,
+  // else null.
   template <typename S>
-  void put_back(const core::Tile& tile, int64_t column, int64_t columns, const float* results,
-                int64_t stride, const float* weight_gradients);
+  void put_back(const core::Tile& tile, int64_t column, simd::MatrixView<const float> results,
+                int64_t columns, const S* bias, const float* weight_gradients);
   // Waits until all results of a block of my tokens are back.
   void await_results(int64_t token_block);
 

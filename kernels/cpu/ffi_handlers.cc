@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "kernels/cpu/engine.h"
+#include "kernels/cpu/simd/kernels.h"
 
 namespace flashmoe::cpu {
 
@@ -120,6 +122,11 @@ ffi::Future enter(CallSiteState* state, ffi::RunId run, int32_t device,
         "flashmoe_jax: x must be float32, bfloat16 or float16 in the fused implementation"));
     return future;
   }
+  if (attributes.activation < 0 || attributes.activation >= kActivations) {
+    promise.SetError(ffi::Error::InvalidArgument("flashmoe_jax: unknown activation " +
+                                                 std::to_string(attributes.activation)));
+    return future;
+  }
   Entry entry{};
   entry.run = run.run_id;
   entry.device = device;
@@ -217,6 +224,12 @@ XLA_FFI_TypeInfo* call_site_type_info() {
 XLA_FFI_Error* instantiate(XLA_FFI_CallFrame* frame) {
   static const auto handler =
       ffi::Ffi::BindInstantiate().To([]() -> ffi::ErrorOr<std::unique_ptr<CallSiteState>> {
+        try {
+          simd::kernel_set();
+        } catch (const std::invalid_argument& error) {
+          return ffi::Unexpected(
+              ffi::Error::InvalidArgument("flashmoe_jax: " + std::string(error.what())));
+        }
         return std::make_unique<CallSiteState>();
       });
   return handler->Call(frame);

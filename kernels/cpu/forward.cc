@@ -1,8 +1,10 @@
 // The tasks of the forward pass.
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "kernels/cpu/pe_call.h"
+#include "kernels/cpu/simd/kernels.h"
 
 namespace flashmoe::cpu {
 namespace {
@@ -15,14 +17,14 @@ class Forward final : public PeCall {
       : PeCall(config, heaps, me, workers), buffers_(buffers) {}
 
  private:
-  enum TileBuffer { kRows, kPanel, kPreGate, kPreUp, kOut };
+  enum TileBuffer { kGate, kUp, kOut };
 
   const RoutedTokens& tokens() const override { return buffers_.tokens; }
   TileCounts tile_counts() const override {
     return {shape_.intermediate_tiles(), shape_.hidden_tiles(), 0};
   }
   void prepare(Arena& arena, int64_t rows) override {
-    activated_ = arena.reserve(0, rows * shape_.intermediate);
+    activated_ = arena.reserve<S>(0, rows * shape_.intermediate);
     *buffers_.dropped = exchange_.dropped();
   }
 
@@ -39,38 +41,34 @@ class Forward final : public PeCall {
     if (buffers_.kept.rows != nullptr && tile.column == 0) {
       std::copy_n(received, rows * hidden, static_cast<S*>(buffers_.kept.rows) + first * hidden);
     }
-    const ConstMatrix x = as_float(received, hidden, rows, hidden, buffers, kRows);
-    const auto project = [&](const void* weights, const void* bias, TileBuffer buffer,
-                             void* kept) -> const float* {
-      if (weights == nullptr) return nullptr;
+    const auto project = [&](const void* weights, const void* bias,
+                             TileBuffer buffer) -> simd::PreActivations<S> {
+      if (weights == nullptr) return {};
       const int64_t expert = tile.expert % shape_.local_experts();
-      const Matrix pre{buffers.reserve(buffer, rows * count), count};
+      float* product = buffers.reserve<float>(buffer, rows * count);
       const S* slice = static_cast<const S*>(weights) + expert * hidden * width + begin;
-      multiply(rows, count, hidden, x, Transpose::kNo,
-               as_float(slice, width, hidden, count, buffers, kPanel), Transpose::kNo, pre, false);
-      if (bias != nullptr) {
-        add_to_rows(pre, rows, count, static_cast<const S*>(bias) + expert * width + begin);
-      }
-      if (kept != nullptr) {
-        convert(pre.data, count, static_cast<S*>(kept) + first * width + begin, width, rows, count);
-      }
-      return pre.data;
+      kernels_.multiply({.m = rows,
+                         .n = count,
+                         .k = hidden,
+                         .a = {received, hidden},
+                         .b = {slice, width},
+                         .c = {product, count}});
+      return {{product, count},
+              bias ? static_cast<const S*>(bias) + expert * width + begin : nullptr};
+    };
+    const auto tile_of = [&](void* matrix) -> simd::MatrixView<S> {
+      if (matrix == nullptr) return {};
+      return {static_cast<S*>(matrix) + first * width + begin, width};
     };
     const ExpertWeights& weights = buffers_.experts;
-    const float* gate = project(weights.gate, weights.gate_bias, kPreGate, buffers_.kept.pre_gate);
-    const float* up = project(weights.up, weights.up_bias, kPreUp, buffers_.kept.pre_up);
-    with_activation(config_.activation, [&]<Activation kKind>() {
-      for (int64_t r = 0; r < rows; ++r) {
-        float* out = activated_ + (first + r) * width + begin;
-        const float* u = up + r * count;
-        if (gate != nullptr) {
-          const float* g = gate + r * count;
-          for (int64_t c = 0; c < count; ++c) out[c] = activate<kKind>(g[c]).value * u[c];
-        } else {
-          for (int64_t c = 0; c < count; ++c) out[c] = activate<kKind>(u[c]).value;
-        }
-      }
-    });
+    kernels_.activate[static_cast<int>(config_.activation)](
+        {.rows = rows,
+         .columns = count,
+         .gate = project(weights.gate, weights.gate_bias, kGate),
+         .up = project(weights.up, weights.up_bias, kUp),
+         .kept_gate = tile_of(buffers_.kept.pre_gate),
+         .kept_up = tile_of(buffers_.kept.pre_up),
+         .activated = tile_of(activated_)});
   }
 
   // Columns of the expert's output, put where they are wanted.
@@ -79,15 +77,17 @@ class Forward final : public PeCall {
     const int64_t hidden = shape_.hidden, width = shape_.intermediate;
     const int64_t expert = tile.expert % shape_.local_experts();
     const int64_t rows = exchange_.rows(tile);
-    const Matrix out{buffers.reserve(kOut, rows * count), count};
+    float* out = buffers.reserve<float>(kOut, rows * count);
     const S* slice = static_cast<const S*>(buffers_.experts.down) + expert * width * hidden + begin;
-    multiply(rows, count, width, {activated_ + exchange_.first_row(tile) * width, width},
-             Transpose::kNo, as_float(slice, hidden, width, count, buffers, kPanel), Transpose::kNo,
-             out, false);
-    if (const void* bias = buffers_.experts.down_bias) {
-      add_to_rows(out, rows, count, static_cast<const S*>(bias) + expert * hidden + begin);
-    }
-    exchange_.put_back<S>(tile, begin, count, out.data, count, nullptr);
+    kernels_.multiply({.m = rows,
+                       .n = count,
+                       .k = width,
+                       .a = {activated_ + exchange_.first_row(tile) * width, width},
+                       .b = {slice, hidden},
+                       .c = {out, count}});
+    const auto* bias = static_cast<const S*>(buffers_.experts.down_bias);
+    exchange_.put_back<S>(tile, begin, {out, count}, count,
+                          bias ? bias + expert * hidden + begin : nullptr, nullptr);
   }
 
   void weight_tile(const core::Tile&, TileBuffers&) override {}
@@ -96,27 +96,24 @@ class Forward final : public PeCall {
     const int64_t hidden = shape_.hidden, k = shape_.experts_per_token;
     const S* returned = exchange_.heap().returned<S>();
     const int64_t end = std::min<int64_t>(shape_.tokens, (token_block + 1) * shape_.block_tokens);
-    thread_local std::vector<float> sum;
+    thread_local std::vector<const S*> rows;
+    thread_local std::vector<float> weights;
     for (int64_t t = token_block * shape_.block_tokens; t < end; ++t) {
-      sum.assign(hidden, 0.0f);
+      rows.clear();
+      weights.clear();
       for (int64_t slot = t * k; slot < (t + 1) * k; ++slot) {
         if (!exchange_.is_kept(slot)) continue;
-        const float weight = buffers_.tokens.weights[slot];
-        const S* row = returned + slot * hidden;
-        for (int64_t h = 0; h < hidden; ++h) sum[h] += weight * to_float(row[h]);
+        rows.push_back(returned + slot * hidden);
+        weights.push_back(buffers_.tokens.weights[slot]);
       }
-      convert(sum.data(), hidden, static_cast<S*>(buffers_.y) + t * hidden, hidden, 1, hidden);
+      kernels_.sum_rows(rows.data(), weights.data(), std::ssize(rows),
+                        static_cast<S*>(buffers_.y) + t * hidden, hidden);
     }
   }
 
-  static void add_to_rows(Matrix m, int64_t rows, int64_t columns, const S* bias) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) m.data[r * m.stride + c] += to_float(bias[c]);
-    }
-  }
-
+  const simd::Kernels<S>& kernels_ = simd::kernels<S>();
   const ForwardBuffers buffers_;
-  float* activated_ = nullptr;  // [rows, D]
+  S* activated_ = nullptr;  // [rows, D]
 };
 
 }  // namespace

@@ -64,15 +64,4 @@ inline Float16 from_float<Float16>(float x) {
   return Float16{static_cast<uint16_t>(half | sign)};
 }
 
-// Copies [rows, columns] between row-major arrays whose rows are `stride` elements apart.
-template <typename To, typename From>
-void convert(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows,
-             int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      to[r * to_stride + c] = from_float<To>(to_float(from[r * from_stride + c]));
-    }
-  }
-}
-
 }  // namespace flashmoe::cpu

@@ -113,27 +113,6 @@ void rounding(uint64_t) {
   }
 }
 
-void strides(uint64_t seed) {
-  Random random(seed);
-  std::vector<float> from(7 * 11);
-  for (float& x : from) x = static_cast<float>(random.normal());
-  const uint16_t untouched = 0x1234;
-  std::vector<Float16> halves(7 * 13, Float16{untouched});
-  cpu::convert(from.data(), 11, halves.data(), 13, 7, 9);
-  for (int r = 0; r < 7; ++r) {
-    for (int c = 0; c < 13; ++c) {
-      const uint16_t expected = c < 9 ? cpu::from_float<Float16>(from[r * 11 + c]).bits : untouched;
-      check(halves[r * 13 + c].bits == expected, "wrong element in a strided conversion");
-    }
-  }
-}
-
-cpu::ValueAndSlope activate(Activation kind, float x) {
-  cpu::ValueAndSlope result{};
-  cpu::with_activation(kind, [&]<Activation kKind>() { result = cpu::activate<kKind>(x); });
-  return result;
-}
-
 std::vector<float> activation_arguments(uint64_t seed) {
   std::vector<float> points;
   for (int i = -40'000; i <= 40'000; ++i) points.push_back(static_cast<float>(i) / 2048);
@@ -146,27 +125,29 @@ std::vector<float> activation_arguments(uint64_t seed) {
   return points;
 }
 
-void activation_values(Activation kind, uint64_t seed) {
+template <Activation kKind>
+void activation_values(uint64_t seed) {
   for (float x : activation_arguments(seed)) {
-    const long double exact = exact_activation(kind, x);
-    const long double error = std::abs(activate(kind, x).value - exact);
-    const double bound = activation_value_error(kind, x, static_cast<double>(exact));
+    const long double exact = exact_activation(kKind, x);
+    const long double error = std::abs(cpu::activate<kKind>(x).value - exact);
+    const double bound = activation_value_error(kKind, x, static_cast<double>(exact));
     check(error <= bound, "at " + std::to_string(x) + " the value is off by " +
                               std::to_string(static_cast<double>(error / kFloatRoundoff)) +
                               " roundings, allowed are " + std::to_string(bound / kFloatRoundoff));
   }
-  check(std::isnan(activate(kind, std::nanf("")).value), "a NaN must stay a NaN");
+  check(std::isnan(cpu::activate<kKind>(std::nanf("")).value), "a NaN must stay a NaN");
 }
 
-void activation_slopes(Activation kind, uint64_t seed) {
+template <Activation kKind>
+void activation_slopes(uint64_t seed) {
   for (float x : activation_arguments(seed)) {
     if (std::abs(x) > 1e6f) continue;  // steps are below the spacing of long doubles
-    const long double exact = exact_slope(kind, x);
-    const long double error = std::abs(activate(kind, x).slope - exact);
-    const long double roundings = std::abs(exact_activation(kind, x)) * 0x1p-62L /
+    const long double exact = exact_slope(kKind, x);
+    const long double error = std::abs(cpu::activate<kKind>(x).slope - exact);
+    const long double roundings = std::abs(exact_activation(kKind, x)) * 0x1p-62L /
                                   std::min<long double>(kSlopeStep, x == 0 ? 1 : std::abs(x));
     const double quotient_error = kSlopeStep * kSlopeStep + static_cast<double>(roundings);
-    const double bound = activation_slope_error(kind) + quotient_error;
+    const double bound = activation_slope_error(kKind) + quotient_error;
     check(error <= bound, "at " + std::to_string(x) + " the slope is off by " +
                               std::to_string(static_cast<double>(error / kFloatRoundoff)) +
                               " roundings, allowed are " + std::to_string(bound / kFloatRoundoff));
@@ -194,6 +175,12 @@ void exponential(uint64_t seed) {
   check(std::isnan(cpu::exp_float(std::nanf(""))), "a NaN must stay a NaN");
 }
 
+template <Activation kKind>
+void add_activation_cases(std::vector<Case>& cases, const std::string& name) {
+  cases.push_back({"numerics: " + name + " values", activation_values<kKind>});
+  cases.push_back({"numerics: " + name + " slopes", activation_slopes<kKind>});
+}
+
 }  // namespace
 
 std::vector<Case> numerics_cases() {
@@ -202,20 +189,13 @@ std::vector<Case> numerics_cases() {
       {"numerics: float16 round trip", round_trip<Float16>},
       {"numerics: bfloat16 rounding", rounding<BFloat16>},
       {"numerics: float16 rounding", rounding<Float16>},
-      {"numerics: strided conversion", strides},
       {"numerics: exp", exponential},
   };
-  const std::vector<std::pair<std::string, Activation>> activations{
-      {"silu", Activation::kSilu},          {"gelu", Activation::kGelu},
-      {"gelu_tanh", Activation::kGeluTanh}, {"relu", Activation::kRelu},
-      {"relu2", Activation::kRelu2},
-  };
-  for (const auto& [name, kind] : activations) {
-    cases.push_back({"numerics: " + name + " values",
-                     [kind](uint64_t seed) { activation_values(kind, seed); }});
-    cases.push_back({"numerics: " + name + " slopes",
-                     [kind](uint64_t seed) { activation_slopes(kind, seed); }});
-  }
+  add_activation_cases<Activation::kSilu>(cases, "silu");
+  add_activation_cases<Activation::kGelu>(cases, "gelu");
+  add_activation_cases<Activation::kGeluTanh>(cases, "gelu_tanh");
+  add_activation_cases<Activation::kRelu>(cases, "relu");
+  add_activation_cases<Activation::kRelu2>(cases, "relu2");
   return cases;
 }
 

@@ -216,7 +216,8 @@ struct RowPass {
       const Bounded g = layer.gated ? gate(d) : Bounded{}, u = up(d);
       const Bounded a = layer.gated ? activate(layer.activation, g).value * u
                                     : activate(layer.activation, u).value;
-      for (int64_t h = 0; h < hidden(); ++h) out[at(h)].add(a, expert.down(d, h));
+      const Bounded hidden_unit = stored(a, layer.dtype);
+      for (int64_t h = 0; h < hidden(); ++h) out[at(h)].add(hidden_unit, expert.down(d, h));
 
       // Backward sees the pre-activations as forward stored them.
       const auto kept = [&](Bounded pre) {
@@ -230,7 +231,7 @@ struct RowPass {
       if (layer.gated) {
         wa = wa * kept(u);
         du = weighted * act.value;
-        const Bounded dg = weighted * kept(u) * act.slope;
+        const Bounded dg = stored(weighted * kept(u) * act.slope, layer.dtype);
         d_weight_sum.add(da * act.value, kept(u));
         for (int64_t h = 0; h < hidden(); ++h) {
           d_row[at(h)].add(dg, expert.gate(h, d));
@@ -241,6 +242,8 @@ struct RowPass {
         du = weighted * act.slope;
         d_weight_sum.add(da, act.value);
       }
+      wa = stored(wa, layer.dtype);
+      du = stored(du, layer.dtype);
       for (int64_t h = 0; h < hidden(); ++h) {
         d_row[at(h)].add(du, expert.up(h, d));
         sums.up[at(expert.up_index(h, d))].add(x(h), du);

@@ -42,8 +42,8 @@ template <typename S>
 struct Product {
   int64_t m, n, k;
   Operand<S> a, b;
-  MatrixView<float> c;
-  MatrixView<S> rounded;
+  MatrixView<float> c{};
+  MatrixView<S> rounded{};
   bool accumulate = false;  // only with c
 };
 
@@ -58,8 +58,8 @@ struct PreActivations {
 template <typename S>
 struct ActivationTile {
   int64_t rows, columns;
-  PreActivations<S> gate, up;
-  MatrixView<S> kept_gate, kept_up;  // where to keep gate and up, bias included; or null
+  PreActivations<S> gate{}, up{};
+  MatrixView<S> kept_gate{}, kept_up{};  // where to keep gate and up, bias included; or null
   MatrixView<S> activated;
 };
 
@@ -71,14 +71,12 @@ template <typename S>
 struct GradientTile {
   int64_t rows, columns;
   MatrixView<const float> da;
-  PreActivations<S> gate, up;              // if they are not kept
-  MatrixView<const S> kept_gate, kept_up;  // what forward kept, or null
-  const float* weights;                    // [rows]
-  MatrixView<S> d_gate, d_up, weighted;
+  PreActivations<S> gate{}, up{};              // if they are not kept
+  MatrixView<const S> kept_gate{}, kept_up{};  // what forward kept, or null
+  const float* weights;                        // [rows]
+  MatrixView<S> d_gate{}, d_up, weighted;
   MatrixView<float> shares;  // [rows], `stride` apart
 };
-
-inline constexpr int kActivations = static_cast<int>(Activation::kRelu2) + 1;
 
 // The loops round to nearest even, as from_float does, and add in float, rows in ascending order.
 template <typename S>
