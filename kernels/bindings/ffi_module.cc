@@ -3,8 +3,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <cstddef>
+
 #include "kernels/core/heap_layout.h"
 #include "kernels/core/shape.h"
+#include "kernels/core/trace.h"
+#include "kernels/cpu/engine.h"
 #include "kernels/cpu/ffi_handlers.h"
 
 namespace nb = nanobind;
@@ -31,6 +35,35 @@ core::Shape shape_of(int32_t num_pes, int32_t tokens, int32_t hidden, int32_t nu
       .block_tokens = cpu::kBlockTokens,
       .block_columns = cpu::kBlockColumns,
   };
+}
+
+// What np.dtype takes to describe core::TraceRecord.
+nb::dict trace_dtype() {
+  nb::list names, formats, offsets;
+  const auto add = [&](const char* name, const char* format, size_t offset) {
+    names.append(name);
+    formats.append(format);
+    offsets.append(offset);
+  };
+  using Record = core::TraceRecord;
+  add("call", "i8", offsetof(Record, call));
+  add("begin", "i8", offsetof(Record, begin));
+  add("ready", "i8", offsetof(Record, ready));
+  add("end", "i8", offsetof(Record, end));
+  add("backward", "i4", offsetof(Record, backward));
+  add("group", "i4", offsetof(Record, group));
+  add("pe", "i4", offsetof(Record, pe));
+  add("worker", "i4", offsetof(Record, worker));
+  add("phase", "i4", offsetof(Record, phase));
+  add("expert", "i4", offsetof(Record, expert));
+  add("row_block", "i4", offsetof(Record, row_block));
+  add("rows", "i4", offsetof(Record, rows));
+  nb::dict dtype;
+  dtype["names"] = names;
+  dtype["formats"] = formats;
+  dtype["offsets"] = offsets;
+  dtype["itemsize"] = sizeof(Record);
+  return dtype;
 }
 
 }  // namespace
@@ -81,6 +114,19 @@ NB_MODULE(_ext, m) {
       nb::arg("num_pes"), nb::arg("tokens"), nb::arg("hidden"), nb::arg("num_experts"),
       nb::arg("experts_per_token"), nb::arg("max_rows"), nb::arg("element_bytes"),
       nb::arg("backward"), nb::arg("resend_rows"), "Bytes of the symmetric heap of one PE.");
+  m.def("trace_dtype", trace_dtype, "What np.dtype takes to describe a trace record.");
+  m.def(
+      "start_trace", [](int64_t capacity) { cpu::Engine::instance().start_trace(capacity); },
+      nb::arg("capacity"), "Records the tasks of all calls that start from now on.");
+  m.def(
+      "stop_trace",
+      [] {
+        const cpu::TraceBuffer::Contents contents = cpu::Engine::instance().stop_trace();
+        const nb::bytes records(contents.records.data(),
+                                contents.records.size() * sizeof(core::TraceRecord));
+        return nb::make_tuple(records, contents.lost);
+      },
+      "Stops recording: (the records, how many found no room).");
 }
 
 }  // namespace flashmoe

@@ -97,6 +97,7 @@ Engine& Engine::instance() {
 
 void Engine::enter(CallSite& site, Entry entry) {
   const int32_t num_pes = entry.config.shape.num_pes;
+  entry.entered = Clock::now();
   std::vector<Done> refused{entry.done};
   std::string refusal;
   {
@@ -141,7 +142,22 @@ void Engine::enter(CallSite& site, Entry entry) {
   for (const Done& done : refused) refuse(done, refusal);
 }
 
+void Engine::start_trace(int64_t capacity) {
+  const std::lock_guard lock(mutex_);
+  trace_ = std::make_shared<TraceBuffer>(capacity);
+}
+
+TraceBuffer::Contents Engine::stop_trace() {
+  std::shared_ptr<TraceBuffer> trace;
+  {
+    const std::lock_guard lock(mutex_);
+    trace = std::move(trace_);
+  }
+  return trace == nullptr ? TraceBuffer::Contents{} : trace->close();
+}
+
 void Engine::start(Team& team) {
+  const Clock::time_point now = Clock::now();
   auto call = std::make_shared<Call>();
   for (std::optional<Entry>& entry : team.entries) call->entries.push_back(std::move(*entry));
   const CallConfig& config = call->entries[0].config;
@@ -162,7 +178,10 @@ void Engine::start(Team& team) {
           }
         },
         call->entries[rank].buffers));
+    call->pes[rank]->record({trace_, calls_, config.traffic.backward, team.group, rank,
+                             call->entries[rank].entered, now});
   }
+  ++calls_;
   for (int32_t rank = 0; rank < num_pes; ++rank) {
     for (int32_t index = 0; index < workers; ++index) {
       worker(call->entries[rank].device, index)

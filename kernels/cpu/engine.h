@@ -24,6 +24,7 @@
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/heap.h"
 #include "kernels/cpu/pe_call.h"
+#include "kernels/cpu/trace.h"
 #include "kernels/cpu/worker.h"
 #include "kernels/cpu/workspace.h"
 
@@ -43,6 +44,7 @@ struct Entry {
   CallConfig config;
   PeBuffers buffers;
   Done done;
+  Clock::time_point entered{};  // set by the engine
 };
 
 // The PEs that have entered a call. On a mesh axis over which nothing of the call varies, several
@@ -94,6 +96,12 @@ class Engine {
   // Enters a call. `done` is called once, from another thread.
   void enter(CallSite& site, Entry entry);
 
+  // From now on records the tasks of all calls that start, at most `capacity` of them; what was
+  // recorded before is forgotten.
+  void start_trace(int64_t capacity);
+  // Ends that and returns the records.
+  TraceBuffer::Contents stop_trace();
+
  private:
   struct Call;
 
@@ -121,6 +129,8 @@ class Engine {
   std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Worker>> workers_;  // (device, index)
   std::vector<std::shared_ptr<HeapGroup>> idle_heaps_;
   std::vector<std::unique_ptr<Arena>> idle_arenas_;
+  std::shared_ptr<TraceBuffer> trace_;  // null: nothing is recorded
+  int64_t calls_ = 0;
   std::list<std::shared_ptr<Team>> waiting_;
   std::condition_variable waiting_changed_;
   bool stopping_ = false;

@@ -81,7 +81,7 @@ void Exchange::publish() {
   }
 }
 
-void Exchange::plan(int32_t return_pieces) {
+void Exchange::await_counts() {
   const core::Shape& shape = config_.shape;
   const uint32_t epoch = heaps_.epoch();
   const int64_t half = core::parity(epoch) * int64_t{shape.num_pes};
@@ -101,7 +101,11 @@ void Exchange::plan(int32_t return_pieces) {
       throw CallError("PE " + std::to_string(me_) + ": " + describe("another call by"));
     }
   }
+}
 
+void Exchange::plan(int32_t return_pieces) {
+  const core::Shape& shape = config_.shape;
+  const int64_t half = core::parity(heaps_.epoch()) * int64_t{shape.num_pes};
   start_.resize(int64_t{shape.num_pes} * shape.num_experts);
   kept_.resize(shape.num_experts);
   first_row_.resize(shape.num_experts);

@@ -31,8 +31,10 @@ class Exchange {
   void route(const RoutedTokens& tokens);
   // Puts my counts into the heap of every PE.
   void publish();
-  // Waits for the counts of every PE, then computes where every row goes. `return_pieces` is the
-  // number of column pieces in which a result row comes back.
+  // Waits for the counts of every PE.
+  void await_counts();
+  // Computes from them where every row goes. `return_pieces` is the number of column pieces in
+  // which a result row comes back.
   void plan(int32_t return_pieces);
 
   // Sends my rows of one dispatch step: row t of `rows`, and in backward the weight of the slot and

@@ -1,5 +1,6 @@
 #include "kernels/cpu/pe_call.h"
 
+#include <algorithm>
 #include <exception>
 
 namespace flashmoe::cpu {
@@ -15,6 +16,7 @@ bool PeCall::run(int32_t worker, Arena& arena) {
   try {
     Doorbell& doorbell = exchange_.heap().doorbell();
     if (worker == 0) {
+      record_entry(trace_);
       begin(arena);
       begun_.store(true);
       doorbell.ring();
@@ -24,7 +26,7 @@ bool PeCall::run(int32_t worker, Arena& arena) {
       while (!doorbell.wait(begun, Clock::now() + std::chrono::seconds(1))) {
       }
     }
-    if (begun_.load()) take_tasks();
+    if (begun_.load()) take_tasks(worker);
   } catch (const std::exception& error) {
     heaps_.fail(error.what());
   }
@@ -35,9 +37,17 @@ bool PeCall::run(int32_t worker, Arena& arena) {
 
 void PeCall::begin(Arena& arena) {
   const TileCounts counts = tile_counts();
-  exchange_.route(tokens());
-  exchange_.publish();
-  exchange_.plan(shape_.hidden_tiles());
+  {
+    Span span(trace_, 0, core::Phase::kRoute);
+    exchange_.route(tokens());
+  }
+  {
+    Span span(trace_, 0, core::Phase::kPlan);
+    exchange_.publish();
+    exchange_.await_counts();
+    span.ready();
+    exchange_.plan(shape_.hidden_tiles());
+  }
   order_ = core::TileOrder{&exchange_.current_plan(), exchange_.me(), counts.first, counts.second,
                            counts.weights};
   const int64_t blocks = order_.blocks_before(shape_.local_experts());
@@ -45,41 +55,64 @@ void PeCall::begin(Arena& arena) {
   prepare(arena, blocks * shape_.block_rows);
 }
 
-void PeCall::take_tasks() {
+void PeCall::take_tasks(int32_t worker) {
   thread_local TileBuffers buffers;
   const int64_t dispatches = core::dispatch_steps(shape_);
   const int64_t tiles = order_.size();
   const int64_t tasks = dispatches + tiles + shape_.token_blocks();
   for (int64_t i; (i = next_task_.fetch_add(1)) < tasks;) {
     if (i < dispatches) {
+      const int32_t expert = core::dispatch_step(shape_, exchange_.me(), i).expert;
+      const int32_t rows = exchange_.current_plan().kept_rows(exchange_.me(), expert);
+      if (rows == 0) continue;
+      Span span(trace_, worker, core::Phase::kDispatch);
+      span.describe(expert, -1, rows);
       dispatch(i);
     } else if (i < dispatches + tiles) {
-      tile(order_.at(i - dispatches), buffers);
+      tile(order_.at(i - dispatches), worker, buffers);
     } else {
-      exchange_.await_results(i - dispatches - tiles);
-      combine(i - dispatches - tiles);
+      const int64_t block = i - dispatches - tiles;
+      Span span(trace_, worker, core::Phase::kCombine);
+      const int64_t first = block * shape_.block_tokens;
+      span.describe(
+          -1, static_cast<int32_t>(block),
+          static_cast<int32_t>(std::min<int64_t>(shape_.block_tokens, shape_.tokens - first)));
+      exchange_.await_results(block);
+      span.ready();
+      combine(block);
     }
   }
 }
 
-void PeCall::tile(const core::Tile& tile, TileBuffers& buffers) {
+void PeCall::tile(const core::Tile& tile, int32_t worker, TileBuffers& buffers) {
   switch (tile.kind) {
-    case core::TileKind::kFirst:
+    case core::TileKind::kFirst: {
+      Span span(trace_, worker, core::Phase::kFirst);
+      span.describe(tile.expert, tile.block, exchange_.rows(tile));
       exchange_.await_rows(tile);
+      span.ready();
       first_tile(tile, buffers);
       first_tiles_done_[tile.block].fetch_add(1);
       exchange_.heap().doorbell().ring();
       return;
-    case core::TileKind::kSecond:
+    }
+    case core::TileKind::kSecond: {
+      Span span(trace_, worker, core::Phase::kSecond);
+      span.describe(tile.expert, tile.block, exchange_.rows(tile));
       await_first_tiles(tile);
+      span.ready();
       return second_tile(tile, buffers);
+    }
     case core::TileKind::kWeights: {
-      core::Tile block = tile;
+      Span span(trace_, worker, core::Phase::kWeights);
       const core::Plan& plan = exchange_.current_plan();
+      span.describe(tile.expert, -1, plan.kept[tile.expert]);
+      core::Tile block = tile;
       const int32_t first = plan.first_block(tile.expert);
       for (block.block = first; block.block < first + plan.blocks(tile.expert); ++block.block) {
         await_first_tiles(block);
       }
+      span.ready();
       return weight_tile(tile, buffers);
     }
   }

@@ -9,6 +9,7 @@
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/exchange.h"
 #include "kernels/cpu/heap.h"
+#include "kernels/cpu/trace.h"
 #include "kernels/cpu/workspace.h"
 
 namespace flashmoe::cpu {
@@ -25,6 +26,8 @@ struct TileCounts {
 class PeCall {
  public:
   PeCall(const CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers);
+  // To be called, if at all, before the first run().
+  void record(CallTrace trace) { trace_ = std::move(trace); }
   virtual ~PeCall() = default;
 
   // To be called once by each of the PE's `workers`. True for the one that leaves last; by then the
@@ -49,12 +52,13 @@ class PeCall {
 
  private:
   void begin(Arena& arena);
-  void take_tasks();
-  void tile(const core::Tile& tile, TileBuffers& buffers);
+  void take_tasks(int32_t worker);
+  void tile(const core::Tile& tile, int32_t worker, TileBuffers& buffers);
   void await_first_tiles(const core::Tile& tile);
 
   HeapGroup& heaps_;
   const int32_t workers_;
+  CallTrace trace_;
   core::TileOrder order_{};
   std::unique_ptr<std::atomic<int32_t>[]> first_tiles_done_;  // [row blocks]
   std::atomic<bool> begun_{false};

@@ -374,6 +374,49 @@ void replicas_in_the_worst_order(uint64_t seed) {
   for (const Problem& replica : replicas) check_forward(replica, expected);
 }
 
+// Every row of every phase is recorded once, and a buffer that is full counts what it loses.
+void traced_call(int32_t cores, uint64_t seed) {
+  Engine engine(cores);
+  const Problem problem(ordinary_layer(), Routing::kDistinct, seed);
+  const core::Shape& shape = problem.layer.shape;
+  forward_and_backward(engine, problem);
+  check(engine.stop_trace().records.empty(), "recorded although nobody asked for it");
+
+  engine.start_trace(1'000'000);
+  forward_and_backward(engine, problem);
+  const cpu::TraceBuffer::Contents trace = engine.stop_trace();
+  check(trace.lost == 0, "lost records although there was room");
+  const auto rows = [&](core::Phase phase, int32_t backward) {
+    int64_t sum = 0;
+    for (const core::TraceRecord& record : trace.records) {
+      if (record.phase == phase && record.backward == backward) sum += record.rows;
+    }
+    return sum;
+  };
+  int64_t sent = 0;
+  for (const Pe& pe : problem.pes) {
+    sent += std::count_if(pe.indices.begin(), pe.indices.end(), [](int32_t e) { return e >= 0; });
+  }
+  for (const core::TraceRecord& r : trace.records) {
+    check(r.begin <= r.ready && r.ready <= r.end, "times of a task out of order");
+  }
+  for (int32_t backward : {0, 1}) {
+    check(rows(core::Phase::kDispatch, backward) == sent, "dispatched rows");
+    check(rows(core::Phase::kFirst, backward) == sent * shape.intermediate_tiles(), "first rows");
+    check(rows(core::Phase::kSecond, backward) == sent * shape.hidden_tiles(), "second rows");
+    check(rows(core::Phase::kWeights, backward) == sent * shape.intermediate_tiles() * backward,
+          "rows of weight gradients");
+    check(rows(core::Phase::kCombine, backward) == int64_t{shape.num_pes} * shape.tokens,
+          "combined tokens");
+  }
+
+  engine.start_trace(7);
+  forward_and_backward(engine, problem);
+  const cpu::TraceBuffer::Contents full = engine.stop_trace();
+  check(full.records.size() == 7, "more or fewer records than there was room for");
+  check(full.lost == static_cast<int64_t>(trace.records.size()) - 7, "lost records miscounted");
+}
+
 }  // namespace
 
 std::vector<Case> engine_cases() {
@@ -391,6 +434,9 @@ std::vector<Case> engine_cases() {
       {"engine: independent calls in different orders, several workers for each PE",
        [](uint64_t seed) { independent_calls(16, seed); }},
       {"engine: replicas in the worst order", replicas_in_the_worst_order},
+      {"engine: a trace, one worker for each PE", [](uint64_t seed) { traced_call(1, seed); }},
+      {"engine: a trace, several workers for each PE",
+       [](uint64_t seed) { traced_call(16, seed); }},
   };
 }
 
