@@ -243,9 +243,11 @@ CORNERS: tuple[Layer, ...] = (
     dataclasses.replace(_WIDE, dtype="float16", network=("gelu", False), limit="capacity"),
     # Tokens that do not divide among the PEs, so that some are padding.
     dataclasses.replace(_PLAIN_LAYER, tokens=61, limit="capacity", use_bias=True),
-    # One expert on each PE, and sizes below every vector width; then one of everything.
+    # One expert on each PE, and sizes below every vector width; then a single hidden value, and a
+    # single intermediate one.
     dataclasses.replace(_PLAIN_LAYER, num_pes=8, experts_per_token=4, num_experts=8, size=(9, 3)),
-    dataclasses.replace(_PLAIN_LAYER, router="caller", num_experts=4, size=(1, 1)),
+    dataclasses.replace(_PLAIN_LAYER, router="caller", num_experts=4, size=(1, 2), tokens=32),
+    dataclasses.replace(_PLAIN_LAYER, router="caller", num_experts=4, size=(2, 1), tokens=32),
     # Other meshes: of one device, and with axes beside that of the experts.
     dataclasses.replace(_PLAIN_LAYER, num_pes=1, data_groups=1),
     dataclasses.replace(_PLAIN_LAYER, data_groups=2, limit="capacity and memory", use_bias=True),
