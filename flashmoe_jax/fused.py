@@ -110,7 +110,7 @@ def check_heap(call: LocalCall, tokens: int, dtype: Any) -> None:
     """
     config = call.config
     itemsize = jnp.dtype(dtype).itemsize
-    rows = recv_rows(call)
+    rows = recv_rows(call, tokens)
     heap = functools.partial(
         _ffi.extension().heap_bytes,
         call.num_pes,
@@ -150,9 +150,12 @@ def _how_to_bound(call: LocalCall, tokens: int) -> str:
     )
 
 
-def recv_rows(call: LocalCall) -> int:
-    """R, rows of the receive buffer of a PE."""
-    return _ffi.extension().recv_rows(call.num_pes, call.config.num_experts, call.max_rows)
+def recv_rows(call: LocalCall, tokens: int) -> int:
+    """R, rows of the receive buffer of a PE with T = `tokens`."""
+    config = call.config
+    return _ffi.extension().recv_rows(
+        call.num_pes, tokens, config.num_experts, config.experts_per_token, call.max_rows
+    )
 
 
 def _empty(like: jax.Array, dtype: Any) -> jax.Array:
@@ -196,8 +199,10 @@ def _result(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
 
 def _forward_call(statics: _Statics, save: bool, *operands: jax.Array) -> list[jax.Array]:
     """y, dropped, and the residuals: rows, gate and up pre-activations, each empty if not saved."""
-    _, x, _, _, gate, up, *_ = operands
-    rows = _ffi.extension().recv_rows(statics.num_pes, statics.num_experts, statics.max_rows)
+    _, x, indices, _, gate, up, *_ = operands
+    rows = _ffi.extension().recv_rows(
+        statics.num_pes, x.shape[0], statics.num_experts, indices.shape[1], statics.max_rows
+    )
     bits = _BITS[x.dtype.itemsize]
     intermediate = up.shape[2]
 

@@ -204,7 +204,10 @@ class Direction:
         seconds: Mean duration of a call.
         entering_seconds: Mean share of it in which its PEs entered and its workers woke.
         phases: Where the workers' time went.
+        busy_cores: How many workers were busy at a time, mean over the running time: of as many as
+            there are cores (see "Settings" in the README).
         idle_share: Share of the running time in which a worker did nothing, mean over the workers.
+            Large where PEs take turns on fewer cores.
         worst_idle_share: The same of the idlest worker, and
         idlest_worker: which that is: (PE, worker).
         slowest_pe: The PE that ends last most often, and
@@ -217,6 +220,7 @@ class Direction:
     seconds: float
     entering_seconds: float
     phases: tuple[PhaseTime, ...]
+    busy_cores: float
     idle_share: float
     worst_idle_share: float
     idlest_worker: tuple[int, int]
@@ -239,6 +243,7 @@ class Direction:
                 f"{_time(phase.waiting_seconds / self.calls):>12}{share}"
             )
         lines += [
+            f"  cores: {self.busy_cores:.2f} busy on average",
             f"  idle: {self.idle_share:.1%} of a worker's time; most, {self.worst_idle_share:.1%}, "
             f"worker {worker} of PE {pe}",
             f"  slowest: PE {self.slowest_pe}, last in {self.slowest_pe_share:.0%} of the calls",
@@ -298,6 +303,7 @@ def _summarise(records: NDArray[np.void], name: str) -> Direction:
         seconds=float(np.mean([c["end"].max() - c["begin"].min() for c in calls])) / 1e9,
         entering_seconds=float(np.mean([_start(c) - c["begin"].min() for c in calls])) / 1e9,
         phases=tuple(phases),
+        busy_cores=float((1 - idle).sum()),
         idle_share=float(idle.mean()),
         worst_idle_share=float(idle.max()),
         idlest_worker=workers[idle.argmax()].item(),

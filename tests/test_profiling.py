@@ -103,6 +103,7 @@ def test_summary_says_where_the_time_went(recorded: profiling.Trace) -> None:
         assert direction.calls == 3
         assert 0 < direction.entering_seconds < direction.seconds
         assert 0 <= direction.idle_share <= direction.worst_idle_share <= 1
+        assert 0 < direction.busy_cores < NUM_PES * len(np.unique(recorded.records["worker"]))
         assert 0 <= direction.slowest_pe < NUM_PES
         assert 1 / 3 <= direction.slowest_pe_share <= 1
         assert 0 <= direction.overlap <= 1
@@ -140,6 +141,7 @@ def test_summary_of_a_known_trace() -> None:
     assert forward.seconds == pytest.approx(12e-3)
     assert forward.entering_seconds == pytest.approx(2e-3)
     assert forward.idle_share == pytest.approx((0.1 + 0.3) / 2)
+    assert forward.busy_cores == pytest.approx(0.9 + 0.7)
     assert forward.worst_idle_share == pytest.approx(0.3)
     assert forward.idlest_worker == (1, 0)
     assert (forward.slowest_pe, forward.slowest_pe_share) == (0, 1)

@@ -10,6 +10,7 @@
 #include "kernels/core/trace.h"
 #include "kernels/cpu/engine.h"
 #include "kernels/cpu/ffi_handlers.h"
+#include "kernels/cpu/tile_sizes.h"
 
 namespace nb = nanobind;
 
@@ -31,7 +32,7 @@ core::Shape shape_of(int32_t num_pes, int32_t tokens, int32_t hidden, int32_t nu
       .experts_per_token = experts_per_token,
       .capacity = core::kNoCapacity,
       .max_rows = max_rows,
-      .block_rows = cpu::kBlockRows,
+      .block_rows = cpu::block_rows(num_pes, tokens, num_experts, experts_per_token),
       .block_tokens = cpu::kBlockTokens,
       .block_columns = cpu::kBlockColumns,
   };
@@ -96,10 +97,12 @@ NB_MODULE(_ext, m) {
       "Targets and their handlers by stage, for jax.ffi.register_ffi_target.");
   m.def(
       "recv_rows",
-      [](int32_t num_pes, int32_t num_experts, int64_t max_rows) {
-        return shape_of(num_pes, 0, 0, num_experts, 0, max_rows).recv_rows();
+      [](int32_t num_pes, int32_t tokens, int32_t num_experts, int32_t experts_per_token,
+         int64_t max_rows) {
+        return shape_of(num_pes, tokens, 0, num_experts, experts_per_token, max_rows).recv_rows();
       },
-      nb::arg("num_pes"), nb::arg("num_experts"), nb::arg("max_rows"),
+      nb::arg("num_pes"), nb::arg("tokens"), nb::arg("num_experts"), nb::arg("experts_per_token"),
+      nb::arg("max_rows"),
       "Rows of the receive buffer of a PE that accepts max_rows rows, and so of the residuals.");
   m.def(
       "heap_bytes",

@@ -43,6 +43,11 @@ class Backward final : public PeCall {
     d_up_ = arena.reserve<S>(kGradUp, rows * width);
     weighted_ = arena.reserve<S>(kWeighted, rows * width);
     shares_ = arena.reserve<float>(kShares, rows * shape_.intermediate_tiles());
+    constexpr int64_t kElement = sizeof(S);
+    const int64_t matrices = shape_.local_experts() * int64_t{shape_.hidden} * width * kElement;
+    const ExpertGradients& out = buffers_.d_experts;
+    for (void* matrix : {out.gate, out.up, out.down}) prepare_to_write(matrix, matrices);
+    prepare_to_write(buffers_.dx, int64_t{shape_.tokens} * shape_.hidden * kElement);
   }
 
   void dispatch(int64_t step) override {

@@ -78,7 +78,8 @@ struct Engine::Call {
   int32_t running;  // PEs that have not left; guarded by the engine's mutex
 };
 
-Engine::Engine(int32_t cores) : cores_(cores), watchdog_([this] { watch(); }) {}
+Engine::Engine(int32_t cores, int64_t large_call)
+    : cores_(cores), large_call_(large_call), watchdog_([this] { watch(); }) {}
 
 Engine::~Engine() {
   {
@@ -162,7 +163,10 @@ void Engine::start(Team& team) {
   for (std::optional<Entry>& entry : team.entries) call->entries.push_back(std::move(*entry));
   const CallConfig& config = call->entries[0].config;
   const int32_t num_pes = config.shape.num_pes;
-  const int32_t workers = std::max(1, cores_ / num_pes);
+  const bool large =
+      config.shape.slots() * config.shape.hidden * config.shape.intermediate >= large_call_;
+  const int32_t share = std::max(1, cores_.count() / num_pes);
+  const int32_t workers = large ? std::min(cores_.count(), 2 * share) : share;
   call->running = num_pes;
   call->heaps = take_heaps(config);
   for (int32_t rank = 0; rank < num_pes; ++rank) {
@@ -178,6 +182,7 @@ void Engine::start(Team& team) {
           }
         },
         call->entries[rank].buffers));
+    if (large) call->pes[rank]->share(cores_);
     call->pes[rank]->record({trace_, calls_, config.traffic.backward, team.group, rank,
                              call->entries[rank].entered, now});
   }

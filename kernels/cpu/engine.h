@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "kernels/cpu/call.h"
+#include "kernels/cpu/cores.h"
 #include "kernels/cpu/heap.h"
 #include "kernels/cpu/pe_call.h"
 #include "kernels/cpu/trace.h"
@@ -85,8 +86,15 @@ class CallSite {
 
 class Engine {
  public:
-  // `cores` are shared out among the PEs of a call, at least one worker each.
-  explicit Engine(int32_t cores);
+  // Multiply-adds with the expert weights by which a PE's part of a call is over within a few
+  // milliseconds. In smaller calls it does not pay to wake more threads than needed, and to hand
+  // cores from one to the next.
+  static constexpr int64_t kLargeCall = int64_t{1} << 26;
+
+  // Computes on so many cores. Every PE of a call has a worker for each core in its share, at least
+  // one. In a large call, where workers wait for a core if there are too few, it has twice as many,
+  // so that one with more rows than others gets the cores of those that wait or are through.
+  explicit Engine(int32_t cores, int64_t large_call = kLargeCall);
   // All calls must have ended.
   ~Engine();
 
@@ -123,7 +131,8 @@ class Engine {
     std::string message;
   };
 
-  const int32_t cores_;
+  Cores cores_;
+  const int64_t large_call_;
   std::mutex mutex_;                  // guards all below, and all call sites
   std::list<FailedRun> failed_runs_;  // the newest
   std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Worker>> workers_;  // (device, index)

@@ -23,9 +23,13 @@ Exchange::Exchange(const CallConfig& config, HeapGroup& heaps, int32_t me)
     : config_(config), heaps_(heaps), me_(me) {}
 
 template <typename Ready, typename Describe>
-void Exchange::await(Ready ready, Describe describe) {
+void Exchange::await(Cores::Hold& core, Urgency urgency, Ready ready, Describe describe) {
   const auto done = [&] { return heaps_.failed() || ready(); };
-  const bool in_time = heap().doorbell().wait(done, Clock::now() + config_.deadline);
+  bool in_time = done();
+  if (!in_time) {
+    const Cores::Break pause(core, urgency);
+    in_time = heap().doorbell().wait(done, Clock::now() + config_.deadline);
+  }
   if (heaps_.failed()) throw CallError(heaps_.failure());
   if (!in_time) {
     throw CallError("PE " + std::to_string(me_) + ": " + describe() + " after " +
@@ -81,7 +85,7 @@ void Exchange::publish() {
   }
 }
 
-void Exchange::await_counts() {
+void Exchange::await_counts(Cores::Hold& core) {
   const core::Shape& shape = config_.shape;
   const uint32_t epoch = heaps_.epoch();
   const int64_t half = core::parity(epoch) * int64_t{shape.num_pes};
@@ -95,8 +99,9 @@ void Exchange::await_counts() {
              ", seen epoch " + std::to_string(core::epoch_of(seen)) + " of call site " +
              std::to_string(core::tag_of(seen));
     };
-    await([&] { return judge() != core::Counted::kNotYet; },
-          [&] { return describe("no counts from"); });
+    await(
+        core, kUrgent, [&] { return judge() != core::Counted::kNotYet; },
+        [&] { return describe("no counts from"); });
     if (judge() == core::Counted::kOtherCall) {
       throw CallError("PE " + std::to_string(me_) + ": " + describe("another call by"));
     }
@@ -116,6 +121,10 @@ void Exchange::plan(int32_t return_pieces) {
                      first_row_.data(),
                      0};
   core::build_plan(plan_);
+  load_ = 0;
+  for (int32_t e = 0; e < shape.local_experts(); ++e) {
+    load_ += plan_.kept[me_ * shape.local_experts() + e];
+  }
 
   const int64_t slots_per_block = int64_t{shape.block_tokens} * shape.experts_per_token;
   pieces_.assign(shape.token_blocks(), 0);
@@ -163,22 +172,23 @@ void Exchange::dispatch(int64_t step, const S* rows, const S* more_rows, const f
   peer.doorbell().ring();
 }
 
-void Exchange::await_rows(const core::Tile& tile) {
+void Exchange::await_rows(const core::Tile& tile, Cores::Hold& core) {
   const Signal& arrived = heap().arrived()[tile.block];
   const uint64_t expected = static_cast<uint64_t>(rows(tile));
-  await([&] { return arrived.load() == expected; },
-        [&] {
-          std::string sources;
-          for (int32_t pe = 0; pe < config_.shape.num_pes; ++pe) {
-            if (plan_.kept_rows(pe, tile.expert) > 0) {
-              sources.append(" ").append(std::to_string(pe));
-            }
+  await(
+      core, load_, [&] { return arrived.load() == expected; },
+      [&] {
+        std::string sources;
+        for (int32_t pe = 0; pe < config_.shape.num_pes; ++pe) {
+          if (plan_.kept_rows(pe, tile.expert) > 0) {
+            sources.append(" ").append(std::to_string(pe));
           }
-          return "rows missing in phase expert for expert " + std::to_string(tile.expert) +
-                 ", row block " + std::to_string(tile.block) + ", awaited from PEs" + sources +
-                 ": expected " + std::to_string(expected) + " rows, seen " +
-                 std::to_string(arrived.load());
-        });
+        }
+        return "rows missing in phase expert for expert " + std::to_string(tile.expert) +
+               ", row block " + std::to_string(tile.block) + ", awaited from PEs" + sources +
+               ": expected " + std::to_string(expected) + " rows, seen " +
+               std::to_string(arrived.load());
+      });
 }
 
 template <typename S>
@@ -209,35 +219,36 @@ void Exchange::put_back(const core::Tile& tile, int64_t column,
   }
 }
 
-void Exchange::await_results(int64_t token_block) {
+void Exchange::await_results(int64_t token_block, Cores::Hold& core) {
   const Signal& came_back = heap().came_back()[token_block];
   const uint64_t expected = pieces_[token_block];
-  await([&] { return came_back.load() == expected; },
-        [&] {
-          const core::Shape& shape = config_.shape;
-          std::string owners;
-          for (int32_t pe = 0; pe < shape.num_pes; ++pe) {
-            bool sent = false;
-            for (int32_t e = pe * shape.local_experts(); e < (pe + 1) * shape.local_experts();
-                 ++e) {
-              sent |= plan_.kept_rows(me_, e) > 0;
-            }
-            if (sent) owners.append(" ").append(std::to_string(pe));
+  await(
+      core, kUrgent, [&] { return came_back.load() == expected; },
+      [&] {
+        const core::Shape& shape = config_.shape;
+        std::string owners;
+        for (int32_t pe = 0; pe < shape.num_pes; ++pe) {
+          bool sent = false;
+          for (int32_t e = pe * shape.local_experts(); e < (pe + 1) * shape.local_experts(); ++e) {
+            sent |= plan_.kept_rows(me_, e) > 0;
           }
-          return "results missing in phase combine for token block " + std::to_string(token_block) +
-                 ", awaited from PEs" + owners + ": expected " + std::to_string(expected) +
-                 " pieces, seen " + std::to_string(came_back.load());
-        });
+          if (sent) owners.append(" ").append(std::to_string(pe));
+        }
+        return "results missing in phase combine for token block " + std::to_string(token_block) +
+               ", awaited from PEs" + owners + ": expected " + std::to_string(expected) +
+               " pieces, seen " + std::to_string(came_back.load());
+      });
 }
 
 void Exchange::await_tiles(const core::Tile& tile, const std::atomic<int32_t>& count,
-                           int32_t expected) {
-  await([&] { return count.load() == expected; },
-        [&] {
-          return "tiles missing in phase expert for expert " + std::to_string(tile.expert) +
-                 ", awaited from PE " + std::to_string(me_) + " itself: expected " +
-                 std::to_string(expected) + ", seen " + std::to_string(count.load());
-        });
+                           int32_t expected, Cores::Hold& core) {
+  await(
+      core, load_, [&] { return count.load() == expected; },
+      [&] {
+        return "tiles missing in phase expert for expert " + std::to_string(tile.expert) +
+               ", awaited from PE " + std::to_string(me_) + " itself: expected " +
+               std::to_string(expected) + ", seen " + std::to_string(count.load());
+      });
 }
 
 void Exchange::finish() {

@@ -11,6 +11,7 @@
 #include "kernels/core/plan.h"
 #include "kernels/core/tile_order.h"
 #include "kernels/cpu/call.h"
+#include "kernels/cpu/cores.h"
 #include "kernels/cpu/heap.h"
 #include "kernels/cpu/simd/kernels.h"
 
@@ -25,14 +26,13 @@ class CallError : public std::runtime_error {
 class Exchange {
  public:
   Exchange(const CallConfig& config, HeapGroup& heaps, int32_t me);
-
   // Groups my slots by expert, in token order. Throws CallError if an index is out of range or, if
   // the call asks for it, a weight is not finite.
   void route(const RoutedTokens& tokens);
   // Puts my counts into the heap of every PE.
   void publish();
-  // Waits for the counts of every PE.
-  void await_counts();
+  // Waits for the counts of every PE. This and the other waits give up the worker's core.
+  void await_counts(Cores::Hold& core);
   // Computes from them where every row goes. `return_pieces` is the number of column pieces in
   // which a result row comes back.
   void plan(int32_t return_pieces);
@@ -42,7 +42,7 @@ class Exchange {
   template <typename S>
   void dispatch(int64_t step, const S* rows, const S* more_rows, const float* weights);
   // Waits until all rows of a row block are here.
-  void await_rows(const core::Tile& tile);
+  void await_rows(const core::Tile& tile, Cores::Hold& core);
   // Puts columns [column, column + columns) of the results of a row block, plus the bias of these
   // columns if there is one, into the slots they belong to; `results` is [rows in the block,
   // columns]. In backward the piece with column 0 brings the gradient of the slot's weight along,
@@ -51,11 +51,12 @@ class Exchange {
   void put_back(const core::Tile& tile, int64_t column, simd::MatrixView<const float> results,
                 int64_t columns, const S* bias, const float* weight_gradients);
   // Waits until all results of a block of my tokens are back.
-  void await_results(int64_t token_block);
+  void await_results(int64_t token_block, Cores::Hold& core);
 
   // Waits until `count`, which a worker of this PE raises and rings the doorbell for, is
   // `expected`.
-  void await_tiles(const core::Tile& tile, const std::atomic<int32_t>& count, int32_t expected);
+  void await_tiles(const core::Tile& tile, const std::atomic<int32_t>& count, int32_t expected,
+                   Cores::Hold& core);
 
   // Makes my heap ready for the next epoch. Nobody touches it before I publish again.
   void finish();
@@ -75,9 +76,10 @@ class Exchange {
   }
 
  private:
-  // Waits on my heap's doorbell; throws CallError past the deadline, or when another PE failed.
+  // Waits on my heap's doorbell, then for a core; throws CallError past the deadline, or when
+  // another PE failed.
   template <typename Ready, typename Describe>
-  void await(Ready ready, Describe describe);
+  void await(Cores::Hold& core, Urgency urgency, Ready ready, Describe describe);
 
   const CallConfig& config_;
   HeapGroup& heaps_;
@@ -90,6 +92,7 @@ class Exchange {
   std::vector<int32_t> rank_;     // [T * K] place among my slots of the expert; -1 if not kept
   std::vector<uint64_t> pieces_;  // [token blocks] what came_back must reach
   int32_t dropped_ = 0;
+  Urgency load_ = 0;  // rows that my experts compute
 };
 
 }  // namespace flashmoe::cpu

@@ -11,6 +11,7 @@
 
 #include "kernels/cpu/engine.h"
 #include "kernels/cpu/simd/kernels.h"
+#include "kernels/cpu/tile_sizes.h"
 
 namespace flashmoe::cpu {
 
@@ -142,10 +143,13 @@ ffi::Future enter(CallSiteState* state, ffi::RunId run, int32_t device,
       .experts_per_token = static_cast<int32_t>(operand(kIndices).dimensions()[1]),
       .capacity = attributes.capacity,
       .max_rows = attributes.max_rows,
-      .block_rows = kBlockRows,
+      .block_rows = 0,
       .block_tokens = kBlockTokens,
       .block_columns = kBlockColumns,
   };
+  core::Shape& shape = config.shape;
+  shape.block_rows =
+      block_rows(shape.num_pes, shape.tokens, shape.num_experts, shape.experts_per_token);
   config.traffic = core::Traffic{
       .backward = backward,
       .resend_rows = backward && is_absent(operand(kRows)),

@@ -13,10 +13,4 @@ XLA_FFI_Error* instantiate(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* forward(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* backward(XLA_FFI_CallFrame* frame);
 
-// Tile sizes of the engine. They do not depend on the number of PEs or of cores, so that the bits
-// of a result do not either.
-inline constexpr int32_t kBlockRows = 128;
-inline constexpr int32_t kBlockTokens = 32;
-inline constexpr int32_t kBlockColumns = 512;
-
 }  // namespace flashmoe::cpu

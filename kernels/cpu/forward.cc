@@ -26,6 +26,12 @@ class Forward final : public PeCall {
   void prepare(Arena& arena, int64_t rows) override {
     activated_ = arena.reserve<S>(0, rows * shape_.intermediate);
     *buffers_.dropped = exchange_.dropped();
+    constexpr int64_t kElement = sizeof(S);
+    const int64_t width = shape_.intermediate;
+    prepare_to_write(buffers_.y, shape_.tokens * shape_.hidden * kElement);
+    prepare_to_write(buffers_.kept.rows, rows * shape_.hidden * kElement);
+    prepare_to_write(buffers_.kept.pre_gate, rows * width * kElement);
+    prepare_to_write(buffers_.kept.pre_up, rows * width * kElement);
   }
 
   void dispatch(int64_t step) override {

@@ -15,6 +15,18 @@ Memory::Memory(int64_t bytes) : bytes_(bytes) {
 
 Memory::~Memory() { munmap(data_, static_cast<size_t>(bytes_)); }
 
+void prepare_to_write(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // Advice only: where it is refused, small pages do.
+  if (data != nullptr && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 HeapGroup::HeapGroup(const core::Shape& shape, const core::Traffic& traffic)
     : shape_(shape), traffic_(traffic) {
   const core::HeapLayout layout(shape, traffic);

@@ -32,6 +32,11 @@ class Memory {
   int64_t bytes_;
 };
 
+// Asks the system for large pages where whole ones lie in [data, data + bytes), which is about to
+// be written. XLA gives a call's results new memory each time, and to get 200 MB of it in pages of
+// 4 KiB takes longer than half of the products that fill them.
+void prepare_to_write(void* data, int64_t bytes);
+
 // Typed access to the sections of one PE's heap. Peers hold a reference to write into it.
 class Heap {
  public:

@@ -26,8 +26,10 @@ struct TileCounts {
 class PeCall {
  public:
   PeCall(const CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers);
-  // To be called, if at all, before the first run().
+  // Both to be called, if at all, before the first run(). Workers that share cores compute on those
+  // only.
   void record(CallTrace trace) { trace_ = std::move(trace); }
+  void share(Cores& cores) { cores_ = &cores; }
   virtual ~PeCall() = default;
 
   // To be called once by each of the PE's `workers`. True for the one that leaves last; by then the
@@ -51,13 +53,21 @@ class PeCall {
   Exchange exchange_;
 
  private:
-  void begin(Arena& arena);
-  void take_tasks(int32_t worker);
-  void tile(const core::Tile& tile, int32_t worker, TileBuffers& buffers);
-  void await_first_tiles(const core::Tile& tile);
+  // What a worker has for itself.
+  struct WorkerState {
+    int32_t index;
+    Cores::Hold core;
+    TileBuffers& buffers;
+  };
+
+  void begin(WorkerState& worker, Arena& arena);
+  void take_tasks(WorkerState& worker);
+  void tile(const core::Tile& tile, WorkerState& worker);
+  void await_first_tiles(const core::Tile& tile, WorkerState& worker);
 
   HeapGroup& heaps_;
   const int32_t workers_;
+  Cores* cores_ = nullptr;
   CallTrace trace_;
   core::TileOrder order_{};
   std::unique_ptr<std::atomic<int32_t>[]> first_tiles_done_;  // [row blocks]

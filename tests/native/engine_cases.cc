@@ -34,9 +34,10 @@ void check_all(const Problem& problem, const std::vector<Expected>& expected) {
   check_backward(problem, expected);
 }
 
-// `cores` are shared out among the PEs: one for each, or several.
-void random_layers(int32_t cores, uint64_t seed) {
-  Engine engine(cores);
+// `cores` are shared out among the PEs: one for each, or several; or, where all calls are large,
+// fewer than there are workers.
+void random_layers(int32_t cores, int64_t large_call, uint64_t seed) {
+  Engine engine(cores, large_call);
   Random random(seed + static_cast<uint64_t>(cores));
   for (int i = 0; i < 100; ++i) {
     const Layer layer = random_layer(random);
@@ -172,7 +173,7 @@ void bitwise_repeatable(uint64_t seed) {
   for (const Layer& layer : layers) {
     std::vector<std::byte> forward, backward;
     for (int32_t cores : {1, 1, 5, 12, 24}) {
-      Engine engine(cores);
+      Engine engine(cores, forward.empty() ? kNoneLarge : kAllLarge);
       for (int repetition = 0; repetition < 3; ++repetition) {
         const Problem problem(layer, Routing::kRepeating, seed);
         forward_and_backward(engine, problem);
@@ -343,11 +344,11 @@ class Program {
   std::unique_ptr<Endings> endings_;
 };
 
-void independent_calls(int32_t cores, uint64_t seed) {
+void independent_calls(int32_t cores, int64_t large_call, uint64_t seed) {
   Random random(seed + static_cast<uint64_t>(cores));
   for (int i = 0; i < 15; ++i) {
     Program program(random, /*runs=*/3);
-    Engine engine(cores);
+    Engine engine(cores, large_call);
     program.execute(engine);
     program.check_results();
   }
@@ -374,9 +375,23 @@ void replicas_in_the_worst_order(uint64_t seed) {
   for (const Problem& replica : replicas) check_forward(replica, expected);
 }
 
+// How many workers computed at the same time, at most.
+int most_at_once(const std::vector<core::TraceRecord>& records) {
+  std::vector<std::pair<int64_t, int>> changes;  // ends before begins where the times are equal
+  for (const core::TraceRecord& record : records) {
+    if (record.phase == core::Phase::kEnter) continue;
+    changes.emplace_back(record.ready, 1);
+    changes.emplace_back(record.end, -1);
+  }
+  std::sort(changes.begin(), changes.end());
+  int now = 0, most = 0;
+  for (const auto& [time, change] : changes) most = std::max(most, now += change);
+  return most;
+}
+
 // Every row of every phase is recorded once, and a buffer that is full counts what it loses.
-void traced_call(int32_t cores, uint64_t seed) {
-  Engine engine(cores);
+void traced_call(int32_t cores, int64_t large_call, uint64_t seed) {
+  Engine engine(cores, large_call);
   const Problem problem(ordinary_layer(), Routing::kDistinct, seed);
   const core::Shape& shape = problem.layer.shape;
   forward_and_backward(engine, problem);
@@ -410,6 +425,10 @@ void traced_call(int32_t cores, uint64_t seed) {
           "combined tokens");
   }
 
+  if (large_call == kAllLarge) {
+    check(most_at_once(trace.records) <= cores, "more workers computed than there are cores");
+  }
+
   engine.start_trace(7);
   forward_and_backward(engine, problem);
   const cpu::TraceBuffer::Contents full = engine.stop_trace();
@@ -422,21 +441,32 @@ void traced_call(int32_t cores, uint64_t seed) {
 std::vector<Case> engine_cases() {
   return {
       {"engine: random layers, one worker for each PE",
-       [](uint64_t seed) { random_layers(1, seed); }},
+       [](uint64_t seed) { random_layers(1, kNoneLarge, seed); }},
       {"engine: random layers, several workers for each PE",
-       [](uint64_t seed) { random_layers(20, seed); }},
+       [](uint64_t seed) { random_layers(20, kNoneLarge, seed); }},
+      {"engine: random layers, all PEs on one core",
+       [](uint64_t seed) { random_layers(1, kAllLarge, seed); }},
+      {"engine: random layers, all PEs on three cores",
+       [](uint64_t seed) { random_layers(3, kAllLarge, seed); }},
       {"engine: edges", edge_layers},
       {"engine: planted faults are seen", planted_faults},
       {"engine: the same bits, whatever the number of workers", bitwise_repeatable},
       {"engine: thousands of calls on one heap", thousands_of_calls},
       {"engine: independent calls in different orders, one worker for each PE",
-       [](uint64_t seed) { independent_calls(1, seed); }},
+       [](uint64_t seed) { independent_calls(1, kNoneLarge, seed); }},
       {"engine: independent calls in different orders, several workers for each PE",
-       [](uint64_t seed) { independent_calls(16, seed); }},
+       [](uint64_t seed) { independent_calls(16, kNoneLarge, seed); }},
+      {"engine: independent calls in different orders, all PEs on two cores",
+       [](uint64_t seed) { independent_calls(2, kAllLarge, seed); }},
       {"engine: replicas in the worst order", replicas_in_the_worst_order},
-      {"engine: a trace, one worker for each PE", [](uint64_t seed) { traced_call(1, seed); }},
+      {"engine: a trace, one worker for each PE",
+       [](uint64_t seed) { traced_call(1, kNoneLarge, seed); }},
       {"engine: a trace, several workers for each PE",
-       [](uint64_t seed) { traced_call(16, seed); }},
+       [](uint64_t seed) { traced_call(16, kNoneLarge, seed); }},
+      {"engine: a trace, all PEs on one core",
+       [](uint64_t seed) { traced_call(1, kAllLarge, seed); }},
+      {"engine: a trace, all PEs on three cores",
+       [](uint64_t seed) { traced_call(3, kAllLarge, seed); }},
   };
 }
 

@@ -152,7 +152,8 @@ std::string message_of_survivors(Death death, bool backward, uint64_t seed) {
     const cpu::BackwardBuffers buffers = problem.backward_buffers(pe);
     exchange.route(buffers.tokens);
     exchange.publish();
-    exchange.await_counts();
+    cpu::Cores::Hold core(nullptr);
+    exchange.await_counts(core);
     exchange.plan(config.shape.hidden_tiles());
     if (death == Death::kBeforeDispatch) return;
     const float* x = static_cast<const float*>(buffers.tokens.x);

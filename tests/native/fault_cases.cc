@@ -254,11 +254,11 @@ void heaps_too_large(uint64_t seed) {
 
 // Runs that fail, each in its own way, beside runs that do not. Every part of every call ends
 // exactly once; nothing of a failure reaches another run.
-void failures_beside_successes(int32_t cores, uint64_t seed) {
+void failures_beside_successes(int32_t cores, int64_t large_call, uint64_t seed) {
   constexpr int32_t kPes = 4;
   constexpr int kRuns = 12, kSites = 6;
   enum Fault { kNone, kBadIndex, kMissingPe, kFaults };
-  Engine engine(cores);
+  Engine engine(cores, large_call);
   std::vector<std::unique_ptr<CallSite>> sites;
   for (int i = 0; i < kSites; ++i) sites.push_back(std::make_unique<CallSite>());
   Random random(seed);
@@ -333,9 +333,11 @@ std::vector<Case> fault_cases() {
       {"fault: weights that are not finite", bad_weights},
       {"fault: heaps that do not fit", heaps_too_large},
       {"fault: failures beside successes, one worker for each PE",
-       [](uint64_t seed) { failures_beside_successes(1, seed); }},
+       [](uint64_t seed) { failures_beside_successes(1, kNoneLarge, seed); }},
       {"fault: failures beside successes, several workers for each PE",
-       [](uint64_t seed) { failures_beside_successes(12, seed); }},
+       [](uint64_t seed) { failures_beside_successes(12, kNoneLarge, seed); }},
+      {"fault: failures beside successes, all PEs on two cores",
+       [](uint64_t seed) { failures_beside_successes(2, kAllLarge, seed); }},
   };
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -12,6 +13,9 @@
 #include "tests/native/problem.h"
 
 namespace flashmoe::testing {
+
+// What Engine takes for a large call.
+inline constexpr int64_t kAllLarge = 0, kNoneLarge = std::numeric_limits<int64_t>::max();
 
 // How the parts of some calls ended.
 class Endings {

@@ -1,4 +1,6 @@
-// Doorbell and Worker, each on its own.
+// Doorbell, Cores and Worker, each on its own.
+#include <sched.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -10,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cpu/cores.h"
 #include "kernels/cpu/doorbell.h"
 #include "kernels/cpu/worker.h"
 #include "tests/native/harness.h"
@@ -22,6 +25,7 @@ namespace flashmoe::testing {
 namespace {
 
 using cpu::Clock;
+using cpu::Cores;
 using cpu::Doorbell;
 using cpu::Job;
 using cpu::Worker;
@@ -226,6 +230,92 @@ void default_float_environment(uint64_t) {
   check(subnormal == 0x1p-130f / 3.0f, "a worker flushes subnormal numbers to zero");
 }
 
+// CPUs on which the calling thread may run.
+int allowed_cpus() {
+  cpu_set_t allowed;
+  check(sched_getaffinity(0, sizeof(allowed), &allowed) == 0, "no affinity");
+  return CPU_COUNT(&allowed);
+}
+
+// Threads that take cores, compute, wait for one another and go on: never more of them at once than
+// there are cores, each on a CPU of its own if there are as many, and none is forgotten.
+void few_cores(int count, uint64_t seed) {
+  constexpr int kThreads = 7, kRounds = 200;
+  const int allowed = allowed_cpus();
+  Cores cores(count);
+  std::atomic<int> computing{0};
+  std::vector<std::atomic<int>> on_cpu(static_cast<size_t>(CPU_SETSIZE));
+  const auto compute = [&](Random& random) {
+    check(computing.fetch_add(1) < count, "more threads have a core than there are");
+    std::atomic<int>& here = on_cpu[static_cast<size_t>(sched_getcpu())];
+    if (count == allowed) {
+      check(allowed_cpus() == 1, "a thread with a core may run elsewhere");
+      check(here.fetch_add(1) == 0, "two cores are one CPU");
+    }
+    dawdle(random);
+    if (count == allowed) here.fetch_sub(1);
+    computing.fetch_sub(1);
+  };
+  on_threads(kThreads, [&](int thread) {
+    Random random(seed + static_cast<uint64_t>(thread));
+    for (int round = 0; round < kRounds; ++round) {
+      {
+        Cores::Hold core(&cores);
+        compute(random);
+        for (int pauses = static_cast<int>(random.between(0, 3)); pauses > 0; --pauses) {
+          {
+            const Cores::Break pause(core, random.between(0, 5));
+            dawdle(random);
+          }
+          compute(random);
+        }
+      }
+      check(allowed_cpus() == allowed, "a thread stays bound after it gave its core back");
+    }
+  });
+}
+
+// The order in which threads get the only core that came to wait for it one after the other, each
+// `apart` from the next, with these urgencies.
+std::vector<int> order_of(const std::vector<cpu::Urgency>& urgencies,
+                          std::chrono::milliseconds apart) {
+  const int waiters = static_cast<int>(urgencies.size());
+  Cores cores(1);
+  std::atomic<int> paused{0}, called{0};
+  std::vector<int> order;  // guarded by the core
+  on_threads(waiters + 1, [&](int thread) {
+    if (thread == waiters) {
+      while (paused.load() < waiters) std::this_thread::yield();
+      const Cores::Hold core(&cores);
+      for (int next = 0; next < waiters; ++next) {
+        called.store(next + 1);
+        std::this_thread::sleep_for(apart);
+      }
+      return;
+    }
+    Cores::Hold core(&cores);
+    {
+      const Cores::Break pause(core, urgencies[static_cast<size_t>(thread)]);
+      paused.fetch_add(1);
+      while (called.load() <= thread) std::this_thread::yield();
+    }
+    order.push_back(thread);
+  });
+  return order;
+}
+
+// The most urgent goes first, of equals who came first.
+void urgent_first(uint64_t) {
+  const std::vector<int> expected{2, 5, 0, 3, 4, 1};
+  std::vector<int> order;
+  // A thread that is held up comes later than it should: then once more, with more time.
+  for (std::chrono::milliseconds apart{10}; apart.count() < 1000; apart *= 3) {
+    order = order_of({3, 1, cpu::kUrgent, 3, 2, cpu::kUrgent}, apart);
+    if (order == expected) return;
+  }
+  check(false, "cores are given in another order");
+}
+
 }  // namespace
 
 std::vector<Case> worker_cases() {
@@ -233,6 +323,12 @@ std::vector<Case> worker_cases() {
       {"doorbell: ping-pong loses no wake-up", ping_pong},
       {"doorbell: many waiters and ringers", many_at_one_bell},
       {"doorbell: the deadline passes", deadline_passes},
+      {"cores: one for many threads", [](uint64_t seed) { few_cores(1, seed); }},
+      {"cores: as many as the threads may run on",
+       [](uint64_t seed) { few_cores(allowed_cpus(), seed); }},
+      {"cores: more than the threads may run on",
+       [](uint64_t seed) { few_cores(allowed_cpus() + 1, seed); }},
+      {"cores: the most urgent first", urgent_first},
       {"worker: jobs in order, one at a time", in_order_one_at_a_time},
       {"worker: goes on while second parts block", blocked_second_parts},
       {"worker: jobs given from second parts", given_from_second_parts},

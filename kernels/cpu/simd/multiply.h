@@ -197,7 +197,14 @@ inline void multiply_by_panel(const Product<S>& p, const Block& block, const Fac
 }
 
 template <typename Unit, typename S>
-inline void multiply_by_tiles(const Product<S>& p) {
+inline void multiply_by_tiles(const Product<S>& given) {
+  Product<S> p = given;
+  if constexpr (std::is_same_v<S, float>) {
+    if (p.rounded.data != nullptr) {  // there is nothing to round
+      p.c = p.rounded;
+      p.rounded = {};
+    }
+  }
   // Deep panels spare reads and writes of c, as long as a panel stays in the first cache. But few
   // rows of c wait for memory only, and memory is fastest when op(b) is read in long pieces: of a
   // few of its rows all panels, one after the other.
