@@ -88,9 +88,11 @@ class Group:
         cases: They.
         ceiling: Interleave large matrix products: what the machine can do.
         floor: Interleave calls that do nothing but what every call has to do.
+        timeline: Keep the tasks of one dropless call of the operator, to draw them.
     """
 
     name: str
     cases: tuple[Case, ...]
     ceiling: bool = True
     floor: bool = False
+    timeline: bool = False

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flashmoe_jax
-from benchmarks import oracle, platform, probes, program, timing, traffic
+from benchmarks import oracle, platform, probes, program, suites, timing, traces, traffic
 from benchmarks.cases import Case, Group, Semantics
 from benchmarks.check import check
 from benchmarks.inputs import inputs
@@ -88,6 +88,7 @@ def _measure(group: Group, options: Options, bar: Callable[[str, int], tqdm]) ->
     found, foreign = _time(live, probe_calls, options, bar)
     for entry, taken in zip(live, found[: len(live)], strict=True):
         entry.update(status="measured", timing=taken)
+        _trace(entry, group.timeline and entry.run.opponent == suites.FUSED[0])
     return GroupResult(
         name=group.name,
         cases=tuple(
@@ -220,6 +221,16 @@ def _time(
         with bar("measure", len(order)) as done:
             found = timing.interleave(timed, order, done.update)
         return found, meter.foreign_share()
+
+
+def _trace(entry: _Entry, keep_timeline: bool) -> None:
+    """Looks where the operator's time goes, in calls that are not timed."""
+    if entry.timed is None or OPPONENTS[entry.run.opponent].family != "fused":
+        return
+    recorded = traces.record(entry.timed.call)
+    entry.update(traced=traces.summarise(recorded))
+    if keep_timeline:
+        entry.update(timeline=traces.last_call(recorded))
 
 
 def _refuse_together(entries: list[_Entry]) -> None:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import suites
+from benchmarks import suites, traces
 from benchmarks.cases import Case
 from benchmarks.results import CaseResult, GroupResult, Results
 from benchmarks.shapes import MODELS
@@ -47,7 +47,7 @@ def draw(results: Results, stem: Path) -> list[Path]:
         ("ceiling", _draw_ceiling),
         ("models", _draw_models),
     )
-    made = []
+    made = list(_draw_timelines(results, stem))
     for name, drawing in drawings:
         if drawing(results):
             path = stem.with_name(f"{stem.name}-{name}.png")
@@ -55,6 +55,18 @@ def draw(results: Results, stem: Path) -> list[Path]:
             made.append(path)
         plt.close("all")
     return made
+
+
+def _draw_timelines(results: Results, stem: Path) -> Iterator[Path]:
+    """Every task of one call, of each group that kept them."""
+    for group in results.groups:
+        timelines = (run.timeline for case in group.cases for run in case.runs)
+        timeline = next(filter(None, timelines), None)
+        if timeline is not None:
+            direction = group.name.replace("+", "-")
+            path = stem.with_name(f"{stem.name}-timeline-{direction}.png")
+            traces.to_trace(timeline).plot(path)
+            yield path
 
 
 def _draw_tokens(results: Results) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import CaseResult, GroupResult, Results, Run, TargetResult
+from flashmoe_jax import profiling
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -18,6 +19,8 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 QUIET_LOAD = 0.05
 
 _WIDTH = 200
+# Those in which workers compute.
+_PHASES = tuple(phase for phase in profiling.PHASES if phase != "enter")
 # Whom an opponent is compared with.
 _FUSED_OF = {
     "dropless": "fused",
@@ -98,6 +101,9 @@ def _print_groups(results: Results, console: Console, style: box.Box) -> None:
             _text(console, line)
         if any(run.memory for case in group.cases for run in case.runs):
             console.print(_memory(group, style))
+        if any(run.traced for case in group.cases for run in case.runs):
+            _text(console, "\nWhere the operator's time goes, from its own trace:\n")
+            console.print(_traced(group, style))
 
 
 def _print_losses(results: Results, console: Console) -> None:
@@ -222,6 +228,38 @@ def _memory(group: GroupResult, style: box.Box) -> Table:
                 "" if layout is None else _mebibytes(layout),
                 "" if xla is None else _mebibytes(devices * xla["temp"]),
             )
+    return table
+
+
+def _traced(group: GroupResult, style: box.Box) -> Table:
+    """A line for each of the operator's calls; phases as shares of the time its workers computed.
+
+    "outside" is the rest of the program: the router, what XLA does with the results.
+    """
+    table = _table(
+        style, "case", "<opponent", "<call", "time", "outside", "entering", "cores", *_PHASES
+    )
+    for result in group.cases:
+        name = result.case.name
+        for run in result.runs:
+            if run.timing is None or not run.traced:
+                continue
+            outside = run.timing.median - sum(call.seconds for call in run.traced)
+            opponent, rest = run.opponent, _time(max(0.0, outside))
+            for call in run.traced:
+                busy = {phase.phase: phase.busy_seconds for phase in call.phases}
+                total = sum(busy.get(phase, 0.0) for phase in _PHASES)
+                table.add_row(
+                    name,
+                    opponent,
+                    call.direction,
+                    _time(call.seconds),
+                    rest,
+                    _time(call.entering_seconds),
+                    f"{call.busy_cores:.2f}",
+                    *(f"{busy[p] / total:.1%}" if p in busy else "" for p in _PHASES),
+                )
+                name = opponent = rest = ""
     return table
 
 

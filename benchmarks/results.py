@@ -74,6 +74,61 @@ class Check:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedPhase:
+    """One phase of the operator's calls, see `profiling.PHASES`; means of a call, of all workers.
+
+    Attributes:
+        phase: Its name.
+        tasks: How many.
+        busy_seconds: Time that workers computed.
+        waiting_seconds: Time that workers waited, for rows or for a core.
+    """
+
+    phase: str
+    tasks: float
+    busy_seconds: float
+    waiting_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedCalls:
+    """Calls of the operator in one direction, as `profiling.Direction` has them.
+
+    Attributes:
+        direction: "forward" or "backward".
+        seconds: Mean duration, from the first PE's entry to the last task's end.
+        entering_seconds: Mean share of it until all PEs had entered.
+        busy_cores: Workers that computed at a time, mean.
+        overlap: Share of the time of dispatch in which experts computed.
+        slowest_pe: That ended last most often.
+        slowest_pe_share: In what share of the calls.
+        phases: Where the time went.
+    """
+
+    direction: str
+    seconds: float
+    entering_seconds: float
+    busy_cores: float
+    overlap: float
+    slowest_pe: int
+    slowest_pe_share: float
+    phases: tuple[TracedPhase, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The tasks of one call, as columns; see `profiling.Trace.records`. Times in microseconds."""
+
+    backward: tuple[int, ...]
+    pe: tuple[int, ...]
+    worker: tuple[int, ...]
+    phase: tuple[int, ...]
+    begin: tuple[float, ...]
+    ready: tuple[float, ...]
+    end: tuple[float, ...]
+
+
 RunStatus = Literal["measured", "unavailable", "failed", "refused", "not measured"]
 
 
@@ -110,6 +165,8 @@ class Run:
         moved_bytes: Bytes that leave a PE for another; None if unknown or on one device.
         least_bytes: Bytes of the kept rows that must leave their PE, each way.
         memory: Measured on request.
+        traced: The operator's own calls, in repetitions beside those that were timed.
+        timeline: One of them, task by task, where the group asks for it.
     """
 
     opponent: str
@@ -126,6 +183,8 @@ class Run:
     moved_bytes: int | None = None
     least_bytes: int | None = None
     memory: Memory | None = None
+    traced: tuple[TracedCalls, ...] = ()
+    timeline: Timeline | None = None
 
 
 CaseStatus = Literal["measured", "refused", "skipped"]

@@ -69,7 +69,10 @@ def sixteen_bits(dtype: Dtype) -> tuple[Group, ...]:
 
 def float32() -> tuple[Group, ...]:
     """The reference in both directions."""
-    return tuple(Group(name=direction, cases=(reference(direction),)) for direction in DIRECTIONS)
+    return tuple(
+        Group(name=direction, cases=(reference(direction),), timeline=True)
+        for direction in DIRECTIONS
+    )
 
 
 def few_tokens(*per_pe: int) -> tuple[Group, ...]:
@@ -190,6 +193,7 @@ def smoke() -> tuple[Group, ...]:
                 for direction in DIRECTIONS
             ),
             floor=True,
+            timeline=True,
         ),
     )
 

@@ -31,11 +31,13 @@ from benchmarks import (
     suites,
     targets,
     timing,
+    traces,
     traffic,
 )
 from benchmarks.cases import Case, Direction, Group, Semantics
 from benchmarks.request import Options, Request, Setting
 from benchmarks.shapes import MODELS, Shape
+from flashmoe_jax import profiling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -300,6 +302,11 @@ def test_a_group_of_all_opponents_is_measured() -> None:
         if run.moved_bytes is not None:
             assert run.least_bytes is not None
             assert run.moved_bytes >= run.least_bytes > 0
+        is_ours = opponents.OPPONENTS[run.opponent].family == "fused"
+        traced = ["forward", "backward"] if is_ours else []
+        assert [call.direction for call in run.traced] == traced
+        assert all(call.seconds > 0 and call.busy_cores > 0 for call in run.traced)
+        assert run.timeline is None  # this group does not ask for it
     assert [probe.name for probe in found.probes] == ["dispatch only", "router only"]
     assert found.foreign_load is None or 0 <= found.foreign_load <= 1
 
@@ -335,12 +342,23 @@ def test_the_command_writes_results_that_can_be_read(tmp_path: Path) -> None:
         assert run.memory is not None
         assert run.memory.growth_bytes > 0
         assert (run.memory.layout_bytes is None) == (run.opponent == "xla")
+        assert (run.timeline is None) == (run.opponent != "fused")
+        if run.timeline is not None:
+            # The last of several calls, whole: every PE enters once, and nothing is out of order.
+            records = traces.to_trace(run.timeline).records
+            entered = records[records["phase"] == profiling.PHASES.index("enter")]
+            assert sorted(entered["pe"].tolist()) == list(range(result.case.num_pes))
+            assert (records["begin"] <= records["ready"]).all()
+            assert (records["ready"] <= records["end"]).all()
+            assert records["end"].max() > 0 == records["begin"].min()
     assert len(found.targets) == len(targets.TARGETS)
     share = group.share_of_ceiling(result.case, result.runs[0])
     assert share is not None
     assert 0 < share < 1
     assert (tmp_path / "out-ceiling.png").stat().st_size > 0
+    assert (tmp_path / "out-timeline-smoke.png").stat().st_size > 0
     assert "fused-capacity" in finished.stdout
+    assert "Where the operator's time goes" in finished.stdout
 
 
 def test_a_group_in_which_the_process_dies_is_reported_and_the_next_is_measured(

@@ -229,8 +229,8 @@ _PLAIN_LAYER = Layer(
     size=(24, 40),
 )
 
-# The engine computes tiles of up to 128 rows and 512 columns: here every product has two tiles of
-# columns, and the busiest expert three blocks of rows.
+# The engine computes tiles of 512 columns, and here of up to 128 rows (kernels/cpu/tile_sizes.h):
+# every product has two tiles of columns, and the busiest expert three blocks of rows.
 _WIDE = dataclasses.replace(
     _PLAIN_LAYER, num_pes=2, size=(600, 700), num_experts=4, tokens=160, use_bias=True
 )
