@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -88,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"exactly so many of each call (default: {defaults.least} to {defaults.most})",
     )
     parser.add_argument(
-        "--memory", action="store_true", help="measure peak memory too, each in its own process"
+        "--memory",
+        nargs="?",
+        const="",
+        metavar="REGEX",
+        help="measure peak memory too, each in its own process (of cases that it is found in)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="JSON", help=f"default: {RESULTS.name}/PROCESSOR-DATE.json"
@@ -116,8 +121,8 @@ def _measure(
         options = dataclasses.replace(options, least=count, most=count)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     setting, found = measure_groups(groups, options, environment)
-    if arguments.memory:
-        found = [_with_memory(group, environment) for group in found]
+    if arguments.memory is not None:
+        found = [_with_memory(group, arguments.memory, environment) for group in found]
     return Results(
         command=_command(given),
         date=date,
@@ -178,8 +183,10 @@ def _lost(group: Group, reason: str) -> GroupResult:
     return GroupResult(name=group.name, cases=tuple(cases))
 
 
-def _with_memory(group: GroupResult, environment: Mapping[str, str]) -> GroupResult:
+def _with_memory(group: GroupResult, pattern: str, environment: Mapping[str, str]) -> GroupResult:
     def with_memory(result: CaseResult) -> CaseResult:
+        if not re.search(pattern, f"{group.name}: {result.case.name}"):
+            return result
         runs = (
             dataclasses.replace(run, memory=memory.peak(result.case, run, environment, ROOT))
             if run.timing is not None

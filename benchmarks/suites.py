@@ -209,20 +209,27 @@ def quick() -> tuple[Group, ...]:
     )
 
 
-def full() -> tuple[Group, ...]:
-    """Everything."""
+def reference_layer() -> tuple[Group, ...]:
+    """Half an hour: all that there is a target for."""
     return (
         *float32(),
         *sixteen_bits("bfloat16"),
-        *sixteen_bits("float16"),
         *few_tokens(*FEW_TOKENS_PER_PE),
         one_pe(),
-        one_pe("bfloat16"),
         routing(),
         tokens(*MANY_TOKENS),
-        *(tokens(*counts) for counts in OTHER_TOKENS),
         experts(),
         pes(),
+    )
+
+
+def full() -> tuple[Group, ...]:
+    """Hours: everything."""
+    return (
+        *reference_layer(),
+        *sixteen_bits("float16"),
+        one_pe("bfloat16"),
+        *(tokens(*counts) for counts in OTHER_TOKENS),
         ungated(),
         *(
             model(shape.narrowed(divisor), dtype)
@@ -233,7 +240,7 @@ def full() -> tuple[Group, ...]:
     )
 
 
-SUITES = {"smoke": smoke, "quick": quick, "full": full}
+SUITES = {"smoke": smoke, "quick": quick, "reference": reference_layer, "full": full}
 
 
 def select(

@@ -531,8 +531,10 @@ def test_times_of_different_groups_are_not_compared() -> None:
     assert verdicts(results_of("elsewhere", result_of(suites.reference(), fused=1, xla=9))) == {}
 
 
-def test_every_target_can_be_measured_by_the_full_suite() -> None:
-    names = {group.name: {case.name: case for case in group.cases} for group in suites.full()}
+@pytest.mark.parametrize("suite", ["reference", "full"])
+def test_every_target_can_be_measured_by_the_suite(suite: str) -> None:
+    groups = suites.SUITES[suite]()
+    names = {group.name: {case.name: case for case in group.cases} for group in groups}
 
     def cases_of(measure_: Any) -> list[tuple[str, Case]]:
         if isinstance(measure_, comparisons.Speedup):
