@@ -391,7 +391,21 @@ def test_fused_in_float64() -> None:
         )
 
 
-def test_unknown_instruction_set() -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FLASHMOE_CPU_ISA", "mmx", "FLASHMOE_CPU_ISA is 'mmx', but this CPU supports: portable"),
+        *(
+            (
+                "FLASHMOE_CPU_THREADS",
+                value,
+                f"FLASHMOE_CPU_THREADS is '{value}', but must be a whole number from 1 to 4096",
+            )
+            for value in ("0", "two", "2.5", "")
+        ),
+    ],
+)
+def test_environment_variables_of_the_engine(variable: str, value: str, message: str) -> None:
     program = """
 import jax, flashmoe_jax as fm
 config = fm.MoEConfig(num_experts=2, experts_per_token=1, hidden_size=4, intermediate_size=4)
@@ -400,10 +414,10 @@ fm.moe(jax.numpy.ones((2, 4)), params, config, implementation="fused")
 """
     process = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "FLASHMOE_CPU_ISA": "mmx"},
+        env={**os.environ, variable: value},
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode == 1
-    assert "FLASHMOE_CPU_ISA is 'mmx', but this CPU supports: portable" in process.stderr
+    assert message in process.stderr

@@ -10,6 +10,7 @@
 #include "kernels/core/trace.h"
 #include "kernels/cpu/engine.h"
 #include "kernels/cpu/ffi_handlers.h"
+#include "kernels/cpu/simd/kernels.h"
 #include "kernels/cpu/tile_sizes.h"
 
 namespace nb = nanobind;
@@ -117,6 +118,18 @@ NB_MODULE(_ext, m) {
       nb::arg("num_pes"), nb::arg("tokens"), nb::arg("hidden"), nb::arg("num_experts"),
       nb::arg("experts_per_token"), nb::arg("max_rows"), nb::arg("element_bytes"),
       nb::arg("backward"), nb::arg("resend_rows"), "Bytes of the symmetric heap of one PE.");
+  m.def(
+      "settings",
+      [] {
+        nb::dict dict;
+        dict["cores"] = cpu::Engine::instance().cores();
+        dict["instruction_set"] = cpu::simd::kernel_set().name;
+        nb::list supported;
+        for (const auto& set : cpu::simd::supported_kernels()) supported.append(set.name);
+        dict["supported_instruction_sets"] = supported;
+        return dict;
+      },
+      "What the engine computes with. Raises ValueError where an environment variable is wrong.");
   m.def("trace_dtype", trace_dtype, "What np.dtype takes to describe a trace record.");
   m.def(
       "start_trace", [](int64_t capacity) { cpu::Engine::instance().start_trace(capacity); },

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
+#include <stdexcept>
 #include <utility>
 
 namespace flashmoe::cpu {
@@ -12,8 +15,15 @@ namespace {
 
 int32_t available_cores() {
   if (const char* text = std::getenv("FLASHMOE_CPU_THREADS")) {
-    const int threads = std::atoi(text);
-    if (threads > 0) return threads;
+    constexpr int32_t kMost = 4096;
+    int32_t cores = 0;
+    const auto [end, error] = std::from_chars(text, text + std::strlen(text), cores);
+    if (error != std::errc() || *end != '\0' || cores < 1 || cores > kMost) {
+      throw std::invalid_argument("FLASHMOE_CPU_THREADS is '" + std::string(text) +
+                                  "', but must be a whole number from 1 to " +
+                                  std::to_string(kMost));
+    }
+    return cores;
   }
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return CPU_COUNT(&cores);

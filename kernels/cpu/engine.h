@@ -98,8 +98,10 @@ class Engine {
   // All calls must have ended.
   ~Engine();
 
-  // The engine of the process, with the cores that it may run on (or FLASHMOE_CPU_THREADS).
+  // The engine of the process, with the cores that it may run on (or FLASHMOE_CPU_THREADS). Throws
+  // std::invalid_argument if that is no number of cores.
   static Engine& instance();
+  int32_t cores() const { return cores_.count(); }
 
   // Enters a call. `done` is called once, from another thread.
   void enter(CallSite& site, Entry entry);

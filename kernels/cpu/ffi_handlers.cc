@@ -230,6 +230,7 @@ XLA_FFI_Error* instantiate(XLA_FFI_CallFrame* frame) {
       ffi::Ffi::BindInstantiate().To([]() -> ffi::ErrorOr<std::unique_ptr<CallSiteState>> {
         try {
           simd::kernel_set();
+          Engine::instance();
         } catch (const std::invalid_argument& error) {
           return ffi::Unexpected(
               ffi::Error::InvalidArgument("flashmoe_jax: " + std::string(error.what())));

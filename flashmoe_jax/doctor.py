@@ -1,0 +1,188 @@
+"""What is installed, which implementation would run here, and why: `python -m flashmoe_jax doctor`.
+
+Exit status: 0 if the fused implementation runs and computes what it should, 1 if "auto" would take
+another one, 2 if something is broken.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import flashmoe_jax as fm
+from flashmoe_jax import _ffi
+from flashmoe_jax.config import deadline_seconds
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "nvidia-nvshmem-cu13")
+_TRIAL_SECONDS = 20.0
+# Far above what rounding to float32 does in so small a layer, far below what one wrong row does.
+_TRIAL_BOUND = 1e-4
+
+Verdict = Literal["fused runs", "another implementation runs", "broken"]
+_STATUS: dict[Verdict, int] = {"fused runs": 0, "another implementation runs": 1, "broken": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        verdict: In two words.
+        reasons: What is broken, or why the fused implementation does not run; empty if it does.
+        versions: Of Python and of the packages that matter; None: not installed.
+        devices: The platform of JAX's default devices, how many there are, and in how many
+            processes.
+        engine: Of the CPU engine: cores, instruction sets, deadline in seconds; empty if it cannot
+            be loaded.
+        trial_error: Largest difference, relative to the largest value, between the fused and the
+            dense implementation in a small layer, output and gradients; None: not tried.
+        nvidia_driver: Version of the driver; None: there is none.
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    versions: dict[str, str | None]
+    devices: dict[str, Any]
+    engine: dict[str, Any]
+    trial_error: float | None
+    nvidia_driver: str | None
+
+    def __str__(self) -> str:
+        lines = [f"flashmoe_jax {fm.__version__}: {self.verdict}"]
+        lines += [f"  {reason}" for reason in self.reasons]
+        versions = {name: version or "not installed" for name, version in self.versions.items()}
+        for title, values in (
+            ("versions", versions),
+            ("devices", self.devices),
+            ("CPU engine", self.engine),
+        ):
+            lines += [title, *(f"  {name:28}{_text(value)}" for name, value in values.items())]
+        if self.trial_error is not None:
+            lines.append(f"  {'fused against dense':28}{self.trial_error:.1e}, relative")
+        lines += ["CUDA", f"  {'driver':28}{self.nvidia_driver or 'none'}"]
+        lines.append(f"  {'kernel':28}not part of this version")
+        return "\n".join(lines)
+
+
+def examine() -> Report:
+    """Looks at this process, and computes a small layer if the fused implementation is there."""
+    reasons, engine, error = [], {}, None
+    broken = False
+    reason = _ffi.unavailable_reason(jax.default_backend())
+    if reason is not None:
+        reasons.append(reason)
+    try:
+        engine = {
+            **_ffi.extension().settings(),
+            "deadline_seconds": deadline_seconds(_config()),
+        }
+        if reason is None:
+            error = _trial_error()
+            if not error <= _TRIAL_BOUND:
+                broken = True
+                reasons.append(f"the fused layer is off by {error:.1e} of the dense one")
+    except ImportError as problem:
+        broken = True
+        if reason is None or str(problem) not in reason:
+            reasons.append(f"the extension module could not be loaded: {problem}")
+    except Exception as problem:  # Whatever is wrong is what the report is for.
+        broken = True
+        reasons.append(str(problem).strip())
+    verdict: Verdict = "fused runs"
+    if broken:
+        verdict = "broken"
+    elif reason is not None:
+        verdict = "another implementation runs"
+    return Report(
+        verdict=verdict,
+        reasons=tuple(reasons),
+        versions={
+            "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        devices={
+            "platform": jax.default_backend(),
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        engine=engine,
+        trial_error=error,
+        nvidia_driver=_nvidia_driver(),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashmoe_jax doctor", description=__doc__.partition(":")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    report = examine()
+    print(json.dumps(dataclasses.asdict(report), indent=1) if options.json else report)
+    return _STATUS[report.verdict]
+
+
+def _config() -> fm.MoEConfig:
+    return fm.MoEConfig(num_experts=8, experts_per_token=2, hidden_size=16, intermediate_size=24)
+
+
+def _trial_error() -> float:
+    config = dataclasses.replace(_config(), deadline_seconds=_TRIAL_SECONDS)
+    params = fm.init_params(jax.random.key(0), config)
+    x = jax.random.normal(jax.random.key(1), (64, config.hidden_size))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def results(x: jax.Array, params: fm.MoEParams, implementation: Any) -> Any:
+        def layer(x: jax.Array, params: fm.MoEParams) -> jax.Array:
+            return fm.moe(x, params, config, implementation=implementation)[0]
+
+        y, pull_back = jax.vjp(layer, x, params)
+        return y, pull_back(y)
+
+    errors = jax.tree.map(
+        lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(),
+        results(x, params, "fused"),
+        results(x, params, "dense"),
+    )
+    return float(jnp.stack(jax.tree.leaves(errors)).max())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia_driver() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    process = subprocess.run(
+        [program, "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    versions = process.stdout.split()
+    return versions[0] if process.returncode == 0 and versions else None
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The command that says what is installed and what would run."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+
+import flashmoe_jax as fm
+from flashmoe_jax import _ffi, doctor
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flashmoe_jax", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_machine_on_which_fused_runs() -> None:
+    process = run("doctor", FLASHMOE_CPU_THREADS="3", FLASHMOE_DEADLINE_SECONDS="7")
+    assert process.returncode == 0, process.stderr
+    first, *lines = process.stdout.splitlines()
+    assert first == f"flashmoe_jax {fm.__version__}: fused runs"
+    found = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert found["jax"] == jax.__version__
+    assert found["cores"] == "3"
+    assert found["deadline_seconds"] == "7.0"
+
+
+def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "fused runs"
+    assert report["reasons"] == []
+    assert report["devices"] == {"platform": "cpu", "devices": 8, "processes": 1}
+    engine = report["engine"]
+    assert engine["instruction_set"] in engine["supported_instruction_sets"]
+    assert engine["cores"] >= 1
+    assert 0 <= report["trial_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLASHMOE_CPU_ISA", "mmx"),
+        ("FLASHMOE_CPU_THREADS", "many"),
+        ("FLASHMOE_DEADLINE_SECONDS", "-1"),
+    ],
+)
+def test_a_wrong_variable(variable: str, value: str) -> None:
+    process = run("doctor", **{variable: value})
+    assert process.returncode == 2
+    assert process.stdout.startswith(f"flashmoe_jax {fm.__version__}: broken\n  {variable}")
+    assert "Traceback" not in process.stderr
+
+
+def test_an_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "_extension", lambda: ImportError("libsomething.so is missing"))
+    report = doctor.examine()
+    assert report.verdict == "broken"
+    (reason,) = report.reasons
+    assert "libsomething.so is missing" in reason
+    assert report.engine == {}
+
+
+def test_a_platform_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert doctor.main([]) == 1
+    report = doctor.examine()
+    assert report.verdict == "another implementation runs"
+    assert report.reasons == (_ffi.unavailable_reason("tpu"),)
+    assert report.trial_error is None
+
+
+@pytest.mark.parametrize("wrong", [2.0, float("nan")])
+def test_a_kernel_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    moe = fm.moe
+
+    def faulty(*arguments: Any, implementation: Any, **options: Any) -> Any:
+        y, aux = moe(*arguments, implementation=implementation, **options)
+        return (wrong * y if implementation == "fused" else y), aux
+
+    monkeypatch.setattr(fm, "moe", faulty)
+    report = doctor.examine()
+    assert report.verdict == "broken"
+    assert "off by" in report.reasons[0]
+
+
+def test_unknown_command() -> None:
+    process = run("diagnose")
+    assert process.returncode != 0
+    assert "usage: python -m flashmoe_jax doctor" in process.stderr
