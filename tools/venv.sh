@@ -61,7 +61,7 @@ pip install --no-build-isolation \
   --config-settings=editable.rebuild=true \
   --config-settings=cmake.define.FLASHMOE_FFI_INCLUDE_DIR="$headers" \
   --config-settings=cmake.define.FLASHMOE_WERROR="$werror" \
-  --editable '.[flax,examples,bench,dev]'
+  --editable '.[flax,examples,bench,docs,dev]'
 
 say "4/4 Checking that it imports"
 "$venv/bin/python" -c 'import flashmoe_jax, jax

@@ -1,0 +1,61 @@
+"""The examples of the documentation run, in the order of their page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def examples(page: Path) -> str:
+    """All examples of a page as one program, each at its line of the page."""
+    text, program = page.read_text(), ""
+    for block in _BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        program += "\n" * (line - program.count("\n")) + block.group(1)
+    return program
+
+
+def run(page: Path) -> None:
+    exec(compile(examples(page), page.name, "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=lambda page: page.stem
+)
+def test_examples_run(page: Path) -> None:
+    run(page)
+
+
+def test_every_page_on_use_has_examples() -> None:
+    with_examples = {page.stem for page in PAGES if _BLOCK.search(page.read_text())}
+    assert {"index", "flax", "routing", "meshes", "checkpoints", "errors"} <= with_examples
+
+
+def test_a_broken_example_fails_at_its_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\n```\n\nText.\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as failure:
+        run(page)
+    assert failure.traceback[-1].lineno == 9  # counted from 0
+
+
+def test_every_message_on_the_page_of_errors_exists() -> None:
+    """What the table of errors quotes is what the sources say."""
+    sources = "\n".join(
+        path.read_text()
+        for folder, pattern in (("flashmoe_jax", "*.py"), ("kernels", "*.cc"))
+        for path in (ROOT / folder).rglob(pattern)
+    )
+    # Numbers, names of variables and adjacent string literals differ.
+    joined = re.sub(r'"\s*\n?\s*(\+ )?f?"', "", sources)
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for row in rows:
+        for quoted in re.findall(r"`([^`]+)`", row):
+            words = re.split(r"PEs?|\d+|'\w+'|…|nan|[()]|FLASHMOE_\w+", quoted)
+            for part in (word.strip(" :,=") for word in words):
+                assert part in joined or not part, f"{part!r} of {quoted!r}"
