@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = dataclasses.replace(results, targets=targets.evaluate(results))
     if options.report is None:
         results.save(path)
-    pictures = plots.draw(results, path.with_suffix(""))
+    # The documentation's pictures lie beside it, where its site finds them.
+    beside = DOCUMENT.with_suffix("") / path.stem if options.update_docs else path.with_suffix("")
+    pictures = plots.draw(results, beside)
     report.to_terminal(results)
     for written in (path, *pictures):
         print(f"{'read' if written == options.report else 'wrote'} {written}")

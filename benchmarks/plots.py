@@ -47,6 +47,7 @@ def draw(results: Results, stem: Path) -> list[Path]:
         ("ceiling", _draw_ceiling),
         ("models", _draw_models),
     )
+    stem.parent.mkdir(parents=True, exist_ok=True)
     made = list(_draw_timelines(results, stem))
     for name, drawing in drawings:
         if drawing(results):

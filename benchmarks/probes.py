@@ -6,15 +6,18 @@ each core, PyTorch's, or the operator's own with a single expert.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 import flashmoe_jax as fm
 from benchmarks import opponents, platform, program, torch_opponents
 from benchmarks.cases import Case, Dtype
+from benchmarks.inputs import inputs
 from benchmarks.results import Probe, Timing
 from benchmarks.shapes import Shape
 from flashmoe_jax.params import partition_specs
@@ -100,9 +103,10 @@ def _operator_product(dtype: Dtype) -> list[ProbeCall]:
 
 
 def floors(case: Case) -> list[ProbeCall]:
-    """What a call costs before any expert computes: XLA's dispatch to all devices, and the router.
+    """What a call costs whoever computes it.
 
-    The router's time includes a dispatch.
+    XLA's dispatch to all devices; the router, whose time includes a dispatch; and reading the weights
+    of all experts that any token chooses, once, from memory.
     """
     here = program.mesh(case.num_pes)
     x, params, _ = program.operands(
@@ -131,4 +135,28 @@ def floors(case: Case) -> list[ProbeCall]:
             call=lambda: jax.block_until_ready(compiled(x, params)),
         )
 
-    return [probe("dispatch only", dispatch), probe("router only", router)]
+    return [
+        probe("dispatch only", dispatch),
+        probe("router only", router),
+        ProbeCall(
+            name="reading the chosen experts",
+            kind="floor",
+            dtype=case.dtype,
+            case=case.name,
+            call=_reading(case),
+        ),
+    ]
+
+
+def _reading(case: Case) -> Callable[[], Any]:
+    given = inputs(case)
+    chosen = np.unique(given.indices)
+    weights = given.parameters
+    matrices = [
+        matrix[expert].reshape(-1).view(np.uint32)
+        for matrix in (weights.gate, weights.up, weights.down)
+        if matrix is not None
+        for expert in chosen
+    ]
+    pool = ThreadPoolExecutor(platform.cores())
+    return lambda: list(pool.map(np.max, matrices))

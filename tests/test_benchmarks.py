@@ -307,7 +307,11 @@ def test_a_group_of_all_opponents_is_measured() -> None:
         assert [call.direction for call in run.traced] == traced
         assert all(call.seconds > 0 and call.busy_cores > 0 for call in run.traced)
         assert run.timeline is None  # this group does not ask for it
-    assert [probe.name for probe in found.probes] == ["dispatch only", "router only"]
+    assert [probe.name for probe in found.probes] == [
+        "dispatch only",
+        "router only",
+        "reading the chosen experts",
+    ]
     assert found.foreign_load is None or 0 <= found.foreign_load <= 1
 
 
