@@ -105,8 +105,8 @@ def _operator_product(dtype: Dtype) -> list[ProbeCall]:
 def floors(case: Case) -> list[ProbeCall]:
     """What a call costs whoever computes it.
 
-    XLA's dispatch to all devices; the router, whose time includes a dispatch; and reading the weights
-    of all experts that any token chooses, once, from memory.
+    XLA's dispatch to all devices; the router, whose time includes a dispatch; and reading the
+    weights of all experts that any token chooses, once, from memory.
     """
     here = program.mesh(case.num_pes)
     x, params, _ = program.operands(
