@@ -69,8 +69,9 @@ class MoEConfig:
             worst case, so that no row is dropped for want of memory.
         save_rows: Keep the received rows for the backward pass. False: send them again.
         save_preactivations: Keep the pre-activations for the backward pass. False: recompute them.
-        deadline_seconds: How long the fused implementation waits for another PE before the call
-            fails. None: the environment variable FLASHMOE_DEADLINE_SECONDS, or 100.
+        deadline_seconds: How long the fused implementation waits for other PEs, of which none gets
+            on, before the call fails. None: the environment variable FLASHMOE_DEADLINE_SECONDS, or
+            100.
         router: How tokens choose their experts.
 
     Raises:

@@ -179,6 +179,8 @@ void Engine::start(Team& team) {
   const int32_t workers = large ? std::min(cores_.count(), 2 * share) : share;
   call->running = num_pes;
   call->heaps = take_heaps(config);
+  std::vector<const Progress*> devices;
+  for (const Entry& entry : call->entries) devices.push_back(&progress(entry.device));
   for (int32_t rank = 0; rank < num_pes; ++rank) {
     // Whatever can fail comes before the first job: from then on the PEs end by themselves.
     for (int32_t index = 0; index < workers; ++index) worker(call->entries[rank].device, index);
@@ -192,6 +194,7 @@ void Engine::start(Team& team) {
           }
         },
         call->entries[rank].buffers));
+    call->pes[rank]->follow(progress(call->entries[rank].device), devices);
     if (large) call->pes[rank]->share(cores_);
     call->pes[rank]->record({trace_, calls_, config.traffic.backward, team.group, rank,
                              call->entries[rank].entered, now});
@@ -220,6 +223,12 @@ Worker& Engine::worker(int32_t device, int32_t index) {
   std::unique_ptr<Worker>& worker = workers_[{device, index}];
   if (worker == nullptr) worker = std::make_unique<Worker>();
   return *worker;
+}
+
+Progress& Engine::progress(int32_t device) {
+  std::unique_ptr<Progress>& progress = progress_[device];
+  if (progress == nullptr) progress = std::make_unique<Progress>();
+  return *progress;
 }
 
 std::shared_ptr<HeapGroup> Engine::take_heaps(const CallConfig& config) {

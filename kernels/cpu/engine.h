@@ -25,6 +25,7 @@
 #include "kernels/cpu/cores.h"
 #include "kernels/cpu/heap.h"
 #include "kernels/cpu/pe_call.h"
+#include "kernels/cpu/progress.h"
 #include "kernels/cpu/trace.h"
 #include "kernels/cpu/worker.h"
 #include "kernels/cpu/workspace.h"
@@ -117,6 +118,7 @@ class Engine {
 
   void start(Team& team);
   Worker& worker(int32_t device, int32_t index);
+  Progress& progress(int32_t device);
   std::shared_ptr<HeapGroup> take_heaps(const CallConfig& config);
   std::unique_ptr<Arena> take_arena();
   void leave(Call& call, int32_t rank);
@@ -138,6 +140,7 @@ class Engine {
   std::mutex mutex_;                  // guards all below, and all call sites
   std::list<FailedRun> failed_runs_;  // the newest
   std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Worker>> workers_;  // (device, index)
+  std::map<int32_t, std::unique_ptr<Progress>> progress_;                   // of a device
   std::vector<std::shared_ptr<HeapGroup>> idle_heaps_;
   std::vector<std::unique_ptr<Arena>> idle_arenas_;
   std::shared_ptr<TraceBuffer> trace_;  // null: nothing is recorded

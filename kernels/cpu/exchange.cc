@@ -28,7 +28,12 @@ void Exchange::await(Cores::Hold& core, Urgency urgency, Ready ready, Describe d
   bool in_time = done();
   if (!in_time) {
     const Cores::Break pause(core, urgency);
-    in_time = heap().doorbell().wait(done, Clock::now() + config_.deadline);
+    Clock::time_point last = Clock::now(), deadline;
+    do {
+      deadline = last + config_.deadline;
+      in_time = heap().doorbell().wait(done, deadline);
+      for (const Progress* device : devices_) last = std::max(last, device->last());
+    } while (!in_time && last + config_.deadline > deadline);
   }
   if (heaps_.failed()) throw CallError(heaps_.failure());
   if (!in_time) {

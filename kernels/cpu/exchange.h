@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/core/plan.h"
@@ -13,6 +14,7 @@
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/cores.h"
 #include "kernels/cpu/heap.h"
+#include "kernels/cpu/progress.h"
 #include "kernels/cpu/simd/kernels.h"
 
 namespace flashmoe::cpu {
@@ -26,6 +28,9 @@ class CallError : public std::runtime_error {
 class Exchange {
  public:
   Exchange(const CallConfig& config, HeapGroup& heaps, int32_t me);
+
+  // From now on a wait lasts until none of these devices has got on for as long as the deadline.
+  void follow(std::vector<const Progress*> devices) { devices_ = std::move(devices); }
   // Groups my slots by expert, in token order. Throws CallError if an index is out of range or, if
   // the call asks for it, a weight is not finite.
   void route(const RoutedTokens& tokens);
@@ -84,6 +89,7 @@ class Exchange {
   const CallConfig& config_;
   HeapGroup& heaps_;
   const int32_t me_;
+  std::vector<const Progress*> devices_;
   core::Plan plan_{};
   std::vector<int32_t> start_, kept_, first_row_;  // the plan's arrays
   std::vector<int32_t> counts_;                    // [E] my rows for each expert

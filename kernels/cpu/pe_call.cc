@@ -63,6 +63,7 @@ void PeCall::take_tasks(WorkerState& worker) {
   const int64_t tiles = order_.size();
   const int64_t tasks = dispatches + tiles + shape_.token_blocks();
   for (int64_t i; (i = next_task_.fetch_add(1)) < tasks;) {
+    if (progress_ != nullptr) progress_->note();
     if (i < dispatches) {
       const int32_t expert = core::dispatch_step(shape_, exchange_.me(), i).expert;
       const int32_t rows = exchange_.current_plan().kept_rows(exchange_.me(), expert);

@@ -26,10 +26,14 @@ struct TileCounts {
 class PeCall {
  public:
   PeCall(const CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers);
-  // Both to be called, if at all, before the first run(). Workers that share cores compute on those
-  // only.
+  // To be called, if at all, before the first run(). Workers that share cores compute on those
+  // only; `mine` and `all` are of this PE's device and of those of all PEs.
   void record(CallTrace trace) { trace_ = std::move(trace); }
   void share(Cores& cores) { cores_ = &cores; }
+  void follow(Progress& mine, std::vector<const Progress*> all) {
+    progress_ = &mine;
+    exchange_.follow(std::move(all));
+  }
   virtual ~PeCall() = default;
 
   // To be called once by each of the PE's `workers`. True for the one that leaves last; by then the
@@ -68,6 +72,7 @@ class PeCall {
   HeapGroup& heaps_;
   const int32_t workers_;
   Cores* cores_ = nullptr;
+  Progress* progress_ = nullptr;
   CallTrace trace_;
   core::TileOrder order_{};
   std::unique_ptr<std::atomic<int32_t>[]> first_tiles_done_;  // [row blocks]

@@ -1,4 +1,5 @@
 // The protocol without the engine: PEs on threads of the test's own.
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <barrier>
@@ -229,6 +230,77 @@ class FaultyCall final : public PeCall {
   const std::function<void()> fault_;
 };
 
+// A PE that takes its time for every expert tile, and whose results are zeros.
+class SlowCall final : public PeCall {
+ public:
+  SlowCall(const cpu::CallConfig& config, HeapGroup& heaps, int32_t me, const Problem& problem,
+           std::function<void()> delay)
+      : PeCall(config, heaps, me, 1),
+        buffers_(problem.forward_buffers(me)),
+        delay_(std::move(delay)) {}
+
+ private:
+  const cpu::RoutedTokens& tokens() const override { return buffers_.tokens; }
+  cpu::TileCounts tile_counts() const override { return {1, shape_.hidden_tiles(), 0}; }
+  void prepare(Arena&, int64_t) override {}
+  void dispatch(int64_t step) override {
+    exchange_.dispatch<float>(step, static_cast<const float*>(buffers_.tokens.x), nullptr, nullptr);
+  }
+  void first_tile(const core::Tile&, cpu::TileBuffers&) override { delay_(); }
+  void second_tile(const core::Tile& tile, cpu::TileBuffers& buffers) override {
+    const auto [begin, count] = cpu::columns_of(tile, shape_, shape_.hidden);
+    float* zeros = buffers.reserve<float>(0, exchange_.rows(tile) * count);
+    std::fill_n(zeros, exchange_.rows(tile) * count, 0.0f);
+    exchange_.put_back<float>(tile, begin, {zeros, count}, count, nullptr, nullptr);
+  }
+  void weight_tile(const core::Tile&, cpu::TileBuffers&) override {}
+  void combine(int64_t) override {}
+
+  const cpu::ForwardBuffers buffers_;
+  const std::function<void()> delay_;
+};
+
+// PEs that take turns on one core: the first is through long before the last, and waits for it for
+// longer than the deadline. That is no fault, since the others get on. But one that never gets on
+// is found out, a deadline after the others have stopped.
+void slow_is_not_dead(uint64_t seed) {
+  constexpr int32_t kPes = 3;
+  Problem problem(layer_of(kPes), Routing::kDistinct, seed);
+  problem.deadline = kShortDeadline;
+  const cpu::CallConfig config = problem.config(false);
+  for (bool one_hangs : {false, true}) {
+    HeapGroup heaps(config.shape, config.traffic);
+    heaps.next_epoch();
+    cpu::Cores cores(1);
+    std::vector<cpu::Progress> devices(kPes);
+    std::vector<const cpu::Progress*> all;
+    for (const cpu::Progress& device : devices) all.push_back(&device);
+    std::atomic<int> tiles{0};
+    std::vector<std::unique_ptr<SlowCall>> calls;
+    for (int32_t pe = 0; pe < kPes; ++pe) {
+      calls.push_back(std::make_unique<SlowCall>(config, heaps, pe, problem, [&, pe] {
+        ++tiles;
+        while (one_hangs && pe == 1 && !heaps.failed()) std::this_thread::yield();
+        std::this_thread::sleep_for(kShortDeadline / 8);
+      }));
+      if (!one_hangs) calls.back()->share(cores);
+      calls.back()->follow(devices[static_cast<size_t>(pe)], all);
+    }
+    std::vector<Arena> arenas(kPes);
+    const cpu::Clock::time_point begin = cpu::Clock::now();
+    on_threads(kPes, [&](int pe) {
+      calls[static_cast<size_t>(pe)]->run(0, arenas[static_cast<size_t>(pe)]);
+    });
+    check(heaps.failed() == one_hangs, "the message is '" + heaps.failure() + "'");
+    if (one_hangs) {
+      check_contains(heaps.failure(), {"results missing in phase combine", "after 0.3 s"});
+    } else {
+      check(tiles > 16, "there are too few tiles for anybody to wait for long");
+      check(cpu::Clock::now() - begin > 2 * kShortDeadline, "nobody can have waited for long");
+    }
+  }
+}
+
 // One of a PE's workers hangs; the other needs its tile.
 void worker_hangs(uint64_t seed) {
   Problem problem(layer_of(1), Routing::kAllToOne, seed);
@@ -311,6 +383,7 @@ std::vector<Case> exchange_cases() {
       {"exchange: a PE dies before it publishes", dies_before_publish},
       {"exchange: a PE dies before it dispatches", dies_before_dispatch},
       {"exchange: a PE dies before its experts", dies_before_experts},
+      {"exchange: slow is not dead", slow_is_not_dead},
       {"exchange: a worker hangs", worker_hangs},
       {"exchange: a task throws", task_throws},
       {"exchange: another call site", another_call_site},
