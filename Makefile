@@ -17,7 +17,7 @@ CXX_SOURCES = $(shell find kernels tests/native -name '*.h' -o -name '*.cc')
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan docs wheel lint format clean
+.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan bazel-test docs wheel lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -55,6 +55,9 @@ native-tsan native-asan: native-%: venv
 	    -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build build/$*
 	$(RUN) ctest --test-dir build/$* --verbose
+
+bazel-test: venv  ## build everything with Bazel too, and run the native and the smoke tests on it
+	bazel=$$(tools/find_bazel.sh) && PYTHON=$(BIN)/python $$bazel test //... --test_output=errors
 
 docs: venv  ## build the documentation, warnings are errors
 	$(BIN)/python -m mkdocs build --strict
