@@ -124,9 +124,12 @@ def _token_scale(layer: Layer) -> float:
 
 
 def _cotangent_scale(layer: Layer) -> float:
-    # A caller's routing can send all rows to one expert; a limit then drops most of them.
-    few_rows = layer.router == "caller" and layer.limit != "dropless"
-    return (0.65 if few_rows else 0.55) * min(1.0, (24 / layer.hidden) ** 0.25)
+    scale = 0.55
+    if layer.router == "caller" and layer.limit != "dropless":
+        scale = 0.65  # All rows may go to one expert, of which the limit drops most.
+    elif layer.experts_per_token == 1 and layer.limit == "dropless":
+        scale = 0.37  # All rows may go to one expert, and each has all of its token's weight.
+    return scale * min(1.0, (24 / layer.hidden) ** 0.25)
 
 
 def _router(layer: Layer, random: np.random.Generator) -> Array:
