@@ -128,7 +128,7 @@ def _cotangent_scale(layer: Layer) -> float:
     if layer.router == "caller" and layer.limit != "dropless":
         scale = 0.65  # All rows may go to one expert, of which the limit drops most.
     elif layer.experts_per_token == 1 and layer.limit == "dropless":
-        scale = 0.37  # All rows may go to one expert, and each has all of its token's weight.
+        scale = 0.34  # All rows may go to one expert, and each has all of its token's weight.
     return scale * min(1.0, (24 / layer.hidden) ** 0.25)
 
 
