@@ -205,14 +205,14 @@ void dies_before_experts(uint64_t seed) {
   }
 }
 
-// A PE whose first expert tile does what the test says, and that computes nothing.
-class FaultyCall final : public PeCall {
+// A PE whose up-projection tiles do what the test says, and whose results are zeros.
+class ScriptedCall final : public PeCall {
  public:
-  FaultyCall(const cpu::CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers,
-             const Problem& problem, std::function<void()> fault)
+  ScriptedCall(const cpu::CallConfig& config, HeapGroup& heaps, int32_t me, int32_t workers,
+               const Problem& problem, std::function<void()> script)
       : PeCall(config, heaps, me, workers),
         buffers_(problem.forward_buffers(me)),
-        fault_(std::move(fault)) {}
+        script_(std::move(script)) {}
 
  private:
   const cpu::RoutedTokens& tokens() const override { return buffers_.tokens; }
@@ -221,32 +221,7 @@ class FaultyCall final : public PeCall {
   void dispatch(int64_t step) override {
     exchange_.dispatch<float>(step, static_cast<const float*>(buffers_.tokens.x), nullptr, nullptr);
   }
-  void first_tile(const core::Tile&, cpu::TileBuffers&) override { fault_(); }
-  void second_tile(const core::Tile&, cpu::TileBuffers&) override {}
-  void weight_tile(const core::Tile&, cpu::TileBuffers&) override {}
-  void combine(int64_t) override {}
-
-  const cpu::ForwardBuffers buffers_;
-  const std::function<void()> fault_;
-};
-
-// A PE that takes its time for every expert tile, and whose results are zeros.
-class SlowCall final : public PeCall {
- public:
-  SlowCall(const cpu::CallConfig& config, HeapGroup& heaps, int32_t me, const Problem& problem,
-           std::function<void()> delay)
-      : PeCall(config, heaps, me, 1),
-        buffers_(problem.forward_buffers(me)),
-        delay_(std::move(delay)) {}
-
- private:
-  const cpu::RoutedTokens& tokens() const override { return buffers_.tokens; }
-  cpu::TileCounts tile_counts() const override { return {1, shape_.hidden_tiles(), 0}; }
-  void prepare(Arena&, int64_t) override {}
-  void dispatch(int64_t step) override {
-    exchange_.dispatch<float>(step, static_cast<const float*>(buffers_.tokens.x), nullptr, nullptr);
-  }
-  void first_tile(const core::Tile&, cpu::TileBuffers&) override { delay_(); }
+  void first_tile(const core::Tile&, cpu::TileBuffers&) override { script_(); }
   void second_tile(const core::Tile& tile, cpu::TileBuffers& buffers) override {
     const auto [begin, count] = cpu::columns_of(tile, shape_, shape_.hidden);
     float* zeros = buffers.reserve<float>(0, exchange_.rows(tile) * count);
@@ -257,7 +232,7 @@ class SlowCall final : public PeCall {
   void combine(int64_t) override {}
 
   const cpu::ForwardBuffers buffers_;
-  const std::function<void()> delay_;
+  const std::function<void()> script_;
 };
 
 // PEs that take turns on one core: the first is through long before the last, and waits for it for
@@ -276,9 +251,9 @@ void slow_is_not_dead(uint64_t seed) {
     std::vector<const cpu::Progress*> all;
     for (const cpu::Progress& device : devices) all.push_back(&device);
     std::atomic<int> tiles{0};
-    std::vector<std::unique_ptr<SlowCall>> calls;
+    std::vector<std::unique_ptr<ScriptedCall>> calls;
     for (int32_t pe = 0; pe < kPes; ++pe) {
-      calls.push_back(std::make_unique<SlowCall>(config, heaps, pe, problem, [&, pe] {
+      calls.push_back(std::make_unique<ScriptedCall>(config, heaps, pe, 1, problem, [&, pe] {
         ++tiles;
         while (one_hangs && pe == 1 && !heaps.failed()) std::this_thread::yield();
         std::this_thread::sleep_for(kShortDeadline / 8);
@@ -309,7 +284,7 @@ void worker_hangs(uint64_t seed) {
   HeapGroup heaps(config.shape, config.traffic);
   heaps.next_epoch();
   std::atomic<bool> hung{false};
-  FaultyCall call(config, heaps, 0, 2, problem, [&] {
+  ScriptedCall call(config, heaps, 0, 2, problem, [&] {
     if (hung.exchange(true)) return;
     while (!heaps.failed()) std::this_thread::yield();
   });
@@ -327,9 +302,9 @@ void task_throws(uint64_t seed) {
   for (int32_t workers : {1, 3}) {
     HeapGroup heaps(config.shape, config.traffic);
     heaps.next_epoch();
-    std::vector<std::unique_ptr<FaultyCall>> calls;
+    std::vector<std::unique_ptr<ScriptedCall>> calls;
     for (int32_t pe = 0; pe < kPes; ++pe) {
-      calls.push_back(std::make_unique<FaultyCall>(config, heaps, pe, workers, problem, [pe] {
+      calls.push_back(std::make_unique<ScriptedCall>(config, heaps, pe, workers, problem, [pe] {
         if (pe == 1) throw std::runtime_error("a planted fault");
       }));
     }
