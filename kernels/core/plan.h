@@ -63,7 +63,8 @@ FLASHMOE_HOST_DEVICE inline int64_t row_cap(const Shape& shape, const int32_t* w
   int64_t high = 0;
   for (int32_t e = 0; e < shape.num_experts; ++e) high = wanted[e] > high ? wanted[e] : high;
   if (shape.capacity != kNoCapacity && shape.capacity < high) high = shape.capacity;
-  if (fits(shape, wanted, high)) return high;
+  const bool never_full = shape.num_pes * shape.slots() <= shape.max_rows;
+  if (never_full || fits(shape, wanted, high)) return high;
   int64_t low = 0;  // fits; high does not
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
@@ -72,26 +73,38 @@ FLASHMOE_HOST_DEVICE inline int64_t row_cap(const Shape& shape, const int32_t* w
   return low;
 }
 
-// Fills the plan's arrays from its shape and counts.
-FLASHMOE_HOST_DEVICE inline void build_plan(Plan& plan) {
-  const Shape& shape = plan.shape;
-  const int32_t experts = shape.num_experts;
-  for (int32_t e = 0; e < experts; ++e) {
-    int32_t rows = 0;
-    for (int32_t pe = 0; pe < shape.num_pes; ++pe) {
-      plan.start[pe * experts + e] = rows;
-      rows += plan.counts[pe * experts + e];
-    }
-    plan.kept[e] = rows;
+// The three steps of a plan. A GPU does the first for many experts at a time and the last for many
+// PEs; each step needs all of the one before.
+
+// Fills start[.][e], and kept[e] with all rows that are sent to the expert.
+FLASHMOE_HOST_DEVICE inline void add_up_rows(Plan& plan, int32_t e) {
+  int32_t rows = 0;
+  for (int32_t pe = 0; pe < plan.shape.num_pes; ++pe) {
+    const int32_t i = pe * plan.shape.num_experts + e;
+    plan.start[i] = rows;
+    rows += plan.counts[i];
   }
-  plan.cap = row_cap(shape, plan.kept);
+  plan.kept[e] = rows;
+}
+FLASHMOE_HOST_DEVICE inline void choose_cap(Plan& plan) {
+  plan.cap = row_cap(plan.shape, plan.kept);
+}
+// Fills kept and first_row of the experts of a PE.
+FLASHMOE_HOST_DEVICE inline void place_experts(Plan& plan, int32_t pe) {
+  const int32_t local = plan.shape.local_experts();
   int32_t next = 0;
-  for (int32_t e = 0; e < experts; ++e) {
-    if (e % shape.local_experts() == 0) next = 0;
+  for (int32_t e = pe * local; e < (pe + 1) * local; ++e) {
     if (plan.kept[e] > plan.cap) plan.kept[e] = static_cast<int32_t>(plan.cap);
     plan.first_row[e] = next;
-    next += static_cast<int32_t>(round_up(plan.kept[e], shape.block_rows));
+    next += static_cast<int32_t>(round_up(plan.kept[e], plan.shape.block_rows));
   }
+}
+
+// Fills the plan's arrays from its shape and counts.
+FLASHMOE_HOST_DEVICE inline void build_plan(Plan& plan) {
+  for (int32_t e = 0; e < plan.shape.num_experts; ++e) add_up_rows(plan, e);
+  choose_cap(plan);
+  for (int32_t pe = 0; pe < plan.shape.num_pes; ++pe) place_experts(plan, pe);
 }
 
 }  // namespace flashmoe::core

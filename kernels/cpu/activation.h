@@ -6,11 +6,12 @@
 #include <bit>
 #include <cstdint>
 
+#include "kernels/core/types.h"
+
 namespace flashmoe::cpu {
 
-// The values are part of the FFI attributes; flashmoe_jax/fused.py lists the same names in order.
-enum class Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
-inline constexpr int kActivations = static_cast<int>(Activation::kRelu2) + 1;
+using core::Activation;
+using core::kActivations;
 
 struct ValueAndSlope {
   float value;

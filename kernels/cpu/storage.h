@@ -1,4 +1,4 @@
-// The element types that the operator stores and moves, and their conversion to and from float, in
+// The conversion of the element types that the operator stores and moves to and from float, in
 // which all arithmetic is done.
 #pragma once
 
@@ -6,16 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/core/types.h"
+
 namespace flashmoe::cpu {
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+using core::BFloat16;
+using core::DType;
+using core::Float16;
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
