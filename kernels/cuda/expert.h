@@ -1,0 +1,192 @@
+// Step 5 of an epoch, the math warps' side: multiply, then finish a tile. The first stage ends with
+// the activations in the workspace, the second with rows put where their tokens came from.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/activation.h"
+#include "kernels/cuda/tiles.h"
+#include "kernels/cuda/vector.h"
+#include "kernels/device/element.h"
+
+namespace flashmoe::cuda {
+
+// A warp's scratch to turn fragments, whose rows are 16 bytes wide, into longer pieces of rows. The
+// padding keeps the rows in different banks.
+template <typename Engine>
+struct alignas(16) Staging {
+  static constexpr int kRows = 16;
+  static constexpr int kColumns = Engine::kChunkFragments * 8;
+  static constexpr int kPadding = 16 / sizeof(typename Engine::Element);
+
+  typename Engine::Element rows[kRows][kColumns + kPadding];
+};
+
+template <typename Engine>
+struct MathRole {
+  using Element = typename Engine::Element;
+  using Fragments = float[Engine::kChunkFragments][4];
+
+  Tiles<Engine> tiles;
+  typename Engine::Shared& shared;
+  TileRing& ring;
+  Staging<Engine>& staging;  // of this warp
+  int warp;                  // 0 to kMathWarps - 1
+
+  FLASHMOE_DEVICE void run() const {
+    typename Engine::Consumer consumer;
+    PipelinePosition<kTilesAhead> place;
+    for (;;) {
+      const TileWork tile = take_tile(ring, place);
+      if (tile.rows == 0) return;
+      typename Engine::Accumulators sums;
+      const core::Shape& shape = tiles.context.shape();
+      if (tile.kind == core::TileKind::kFirst) {
+        consumer.multiply(shared, shape.hidden, sums);
+        finish_first(tile, sums);
+      } else {
+        consumer.multiply(shared, shape.intermediate, sums);
+        finish_second(tile, sums);
+      }
+    }
+  }
+
+ private:
+  // The bias of a column pair, or zeros: a row of a [El][width] tensor.
+  FLASHMOE_DEVICE static void add_bias(const void* bias, const TileWork& tile, int32_t column,
+                                       int32_t width, float (&pair)[2]) {
+    if (bias == nullptr || column >= width) return;
+    const Element* row = static_cast<const Element*>(bias) + int64_t{tile.expert} * width;
+    pair[0] += device::to_float(row[column]);
+    pair[1] += device::to_float(row[column + 1]);
+  }
+
+  // Puts two neighbouring values into the staging rows.
+  FLASHMOE_DEVICE void stage(int row, int column, float first, float second) const {
+    struct alignas(2 * sizeof(Element)) Pair {
+      Element values[2];
+    };
+    *reinterpret_cast<Pair*>(&staging.rows[row][column]) =
+        Pair{{device::from_float<Element>(first), device::from_float<Element>(second)}};
+  }
+
+  // Writes the staged rows, columns from `column` on of a tensor `width` wide; `target(row)` is the
+  // start of a row of the tile. Rows from tile.rows on are nobody's.
+  template <typename Target>
+  FLASHMOE_DEVICE void write_staged(const TileWork& tile, int32_t first_row, int32_t column,
+                                    int32_t width, const Target& target) const {
+    constexpr int kVectorsOfRow = Staging<Engine>::kColumns / kVectorElements<Element>;
+    constexpr int kRowsAtOnce = device::kWarpSize / kVectorsOfRow;
+    const int lane = device::lane_index();
+    const int32_t offset = lane % kVectorsOfRow * kVectorElements<Element>;
+    device::warp_sync();
+#pragma unroll
+    for (int r = 0; r < Staging<Engine>::kRows; r += kRowsAtOnce) {
+      const int row = r + lane / kVectorsOfRow;
+      if (row < Staging<Engine>::kRows && first_row + row < tile.rows && column + offset < width) {
+        *reinterpret_cast<Vector*>(target(first_row + row) + column + offset) =
+            *reinterpret_cast<const Vector*>(&staging.rows[row][offset]);
+      }
+    }
+    device::warp_sync();
+  }
+
+  FLASHMOE_DEVICE void finish_first(const TileWork& tile,
+                                    const typename Engine::Accumulators& sums) const {
+    const Context& context = tiles.context;
+    const int32_t width = context.shape().intermediate;
+    Element* activated = context.workspace<Element>(context.arguments.workspace.activated) +
+                         int64_t{tile.block} * Engine::kBlockRows * width;
+    const auto target = [&](int32_t row) { return activated + int64_t{row} * width; };
+    const int lane = device::lane_index();
+    const bool gated = tiles.gated();
+    const int32_t begin = tile.column * tiles.first_stage_columns();
+#pragma unroll
+    for (int m = 0; m < Engine::kRowFragments; ++m) {
+#pragma unroll
+      for (int c = 0; c < Engine::kWarpChunks; ++c) {
+        if (gated && c % 2 != 0) continue;  // done with its gate
+        const int chunk = Engine::chunk(warp, c);
+        const int32_t column =
+            begin + (gated ? chunk / 2 : chunk) * kChunkColumns + Engine::first_column(warp, c);
+#pragma unroll
+        for (int n = 0; n < Engine::kChunkFragments; ++n) {
+          const int32_t in_chunk = 8 * n + 2 * (lane % 4);
+          float gate_bias[2] = {}, up_bias[2] = {};
+          if (gated) add_bias(context.pe.gate_bias, tile, column + in_chunk, width, gate_bias);
+          add_bias(context.pe.up_bias, tile, column + in_chunk, width, up_bias);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float pair[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float value = sums[m][c][n][2 * half + i];
+              if (gated) {
+                const float up = sums[m][c | 1][n][2 * half + i] + up_bias[i];
+                pair[i] = activate(context.arguments.activation, value + gate_bias[i]) * up;
+              } else {
+                pair[i] = activate(context.arguments.activation, value + up_bias[i]);
+              }
+            }
+            stage(lane / 4 + 8 * half, in_chunk, pair[0], pair[1]);
+          }
+        }
+        write_staged(tile, Engine::first_row(warp, m), column, width, target);
+      }
+    }
+    // What this warp wrote comes before its signal.
+    if (lane == 0) {
+      device::fence<device::Scope::kGpu>();
+      device::add_relaxed<device::Scope::kGpu>(context.first_done(tile.block), 1u);
+    }
+    device::warp_sync();
+  }
+
+  FLASHMOE_DEVICE void finish_second(const TileWork& tile,
+                                     const typename Engine::Accumulators& sums) const {
+    const Context& context = tiles.context;
+    const int32_t width = context.shape().hidden;
+    const core::Origin* origins =
+        context.heap<core::Origin>(context.rank, context.arguments.heap.origin) +
+        int64_t{tile.block} * Engine::kBlockRows;
+    const auto target = [&](int32_t row) {
+      const core::Origin origin = origins[row];
+      return context.heap<Element>(origin.pe, context.arguments.heap.returned) +
+             int64_t{origin.slot} * width;
+    };
+    const int lane = device::lane_index();
+    const int32_t begin = tile.column * Engine::kColumns;
+#pragma unroll
+    for (int m = 0; m < Engine::kRowFragments; ++m) {
+      const int first_row = Engine::first_row(warp, m);
+#pragma unroll
+      for (int c = 0; c < Engine::kWarpChunks; ++c) {
+        const int32_t column =
+            begin + Engine::chunk(warp, c) * kChunkColumns + Engine::first_column(warp, c);
+#pragma unroll
+        for (int n = 0; n < Engine::kChunkFragments; ++n) {
+          const int32_t in_chunk = 8 * n + 2 * (lane % 4);
+          float bias[2] = {};
+          add_bias(context.pe.down_bias, tile, column + in_chunk, width, bias);
+          stage(lane / 4, in_chunk, sums[m][c][n][0] + bias[0], sums[m][c][n][1] + bias[1]);
+          stage(lane / 4 + 8, in_chunk, sums[m][c][n][2] + bias[0], sums[m][c][n][3] + bias[1]);
+        }
+        write_staged(tile, first_row, column, width, target);
+      }
+    }
+    // One fence for all rows of the warp, then one signal for each.
+    context.fence_before_signal();
+#pragma unroll
+    for (int m = 0; m < Engine::kRowFragments; ++m) {
+      const int32_t row = Engine::first_row(warp, m) + lane;
+      if (lane < 16 && row < tile.rows) {
+        const core::Origin origin = origins[row];
+        device::add_relaxed<device::Scope::kSystem>(
+            context.came_back(origin.pe, origin.slot / context.shape().experts_per_token),
+            uint64_t{1});
+      }
+    }
+  }
+};
+
+}  // namespace flashmoe::cuda

@@ -1,0 +1,25 @@
+// The kernels of compute capability 8.0 and later, compiled for sm_80.
+#include "kernels/cuda/engine_sm80.h"
+#include "kernels/cuda/global_kernel.cuh"
+
+namespace flashmoe::cuda {
+
+std::span<const KernelVariant> sm80_variants() {
+  using core::BFloat16;
+  using core::DType;
+  using core::Float16;
+  constexpr FloatProduct kTf32 = FloatProduct::kTf32;
+  static const KernelVariant variants[] = {
+      variant<Sm80Engine<BFloat16, 128>>(DType::kBFloat16, true, false),
+      variant<Sm80Engine<BFloat16, 64>>(DType::kBFloat16, true, false),
+      variant<Sm80Engine<Float16, 128>>(DType::kFloat16, true, false),
+      variant<Sm80Engine<Float16, 64>>(DType::kFloat16, true, false),
+      variant<Sm80Engine<float, 128>>(DType::kFloat32, true, false),
+      variant<Sm80Engine<float, 64>>(DType::kFloat32, true, false),
+      variant<Sm80Engine<float, 128, kTf32>>(DType::kFloat32, false, false),
+      variant<Sm80Engine<float, 64, kTf32>>(DType::kFloat32, false, false),
+  };
+  return variants;
+}
+
+}  // namespace flashmoe::cuda

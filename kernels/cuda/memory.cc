@@ -1,0 +1,61 @@
+#include "kernels/cuda/memory.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace flashmoe::cuda {
+
+void check_cuda(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(what + ": " + cudaGetErrorName(status) + ", " +
+                           cudaGetErrorString(status));
+}
+
+DeviceGuard::DeviceGuard(int32_t ordinal) {
+  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+  check_cuda(cudaSetDevice(ordinal), "cudaSetDevice");
+}
+
+DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+
+DeviceMemory::DeviceMemory(int64_t bytes) : bytes_(bytes) {
+  void* data = nullptr;
+  check_cuda(cudaMalloc(&data, static_cast<size_t>(bytes)),
+             "allocating " + std::to_string(bytes) + " bytes of GPU memory");
+  data_.reset(static_cast<std::byte*>(data));
+  zero();
+}
+
+void DeviceMemory::zero() {
+  check_cuda(cudaMemset(data_.get(), 0, static_cast<size_t>(bytes_)), "zeroing GPU memory");
+  check_cuda(cudaDeviceSynchronize(), "zeroing GPU memory");
+}
+
+// At the end of the process the driver may be gone before the memory; there is nothing to report.
+void DeviceMemory::Free::operator()(std::byte* data) const { cudaFree(data); }
+void MappedError::Free::operator()(ErrorRecord* record) const { cudaFreeHost(record); }
+
+MappedError::MappedError() {
+  void* host = nullptr;
+  check_cuda(cudaHostAlloc(&host, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable),
+             "allocating pinned memory");
+  host_.reset(new (host) ErrorRecord{});
+  void* device = nullptr;
+  check_cuda(cudaHostGetDevicePointer(&device, host, 0), "mapping pinned memory");
+  device_ = static_cast<ErrorRecord*>(device);
+}
+
+ErrorRecord MappedError::read() const {
+  ErrorRecord record{};
+  record.failure = std::atomic_ref(host_->failure).load(std::memory_order_acquire);
+  if (record.failure == static_cast<uint32_t>(Failure::kNone)) return record;
+  record.pe = host_->pe;
+  record.awaited = host_->awaited;
+  record.expected = host_->expected;
+  record.seen = host_->seen;
+  return record;
+}
+
+void MappedError::clear() { *host_ = ErrorRecord{}; }
+
+}  // namespace flashmoe::cuda

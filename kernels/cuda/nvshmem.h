@@ -1,0 +1,59 @@
+// The NVSHMEM host library, loaded when a call first spans several GPUs, so that neither building
+// nor importing the module needs it. Symmetric memory and its addresses are all that is used: the
+// kernel itself stores to peers directly.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace flashmoe::cuda {
+
+struct NvshmemVersion {
+  int32_t major, minor, patch;
+
+  friend auto operator<=>(const NvshmemVersion&, const NvshmemVersion&) = default;
+};
+
+// The interface below is that of this release, and of later ones of the same major version.
+inline constexpr NvshmemVersion kNvshmemBuiltFor{3, 3, 24};
+
+class Nvshmem {
+ public:
+  // Names the processes that start together; process 0 makes it.
+  using UniqueId = std::array<std::byte, 128>;
+
+  // Loads the library from `path`, or from where the loader finds it if that is empty. Throws
+  // std::runtime_error if it is not there or its version does not fit.
+  explicit Nvshmem(const std::string& path);
+  Nvshmem(const Nvshmem&) = delete;
+  Nvshmem& operator=(const Nvshmem&) = delete;
+
+  NvshmemVersion version() const { return version_; }
+  UniqueId unique_id() const;
+  // Collective over all processes: PE `rank` of `count` starts, on the current GPU.
+  void start(const UniqueId& id, int32_t rank, int32_t count);
+  bool started() const { return started_; }
+  int32_t rank() const { return rank_; }
+  int32_t count() const { return count_; }
+
+  // Collective. Throws if any memory could not be had. The memory is not zeroed, and stays.
+  std::byte* allocate(int64_t bytes) const;
+  // Where this GPU reaches the same place of symmetric memory at PE `pe`; null: it does not.
+  std::byte* address(std::byte* symmetric, int32_t pe) const;
+  // Collective.
+  void barrier() const;
+
+ private:
+  template <typename Function>
+  Function find(const char* name) const;
+
+  void* library_;
+  NvshmemVersion version_{};
+  bool started_ = false;
+  int32_t rank_ = 0;
+  int32_t count_ = 1;
+};
+
+}  // namespace flashmoe::cuda

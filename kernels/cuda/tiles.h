@@ -1,0 +1,186 @@
+// Step 5 of an epoch, the producer's side: tiles are taken in their one fixed order, what they need
+// is awaited, and their operands are loaded. Each tile is announced to the other warps of the CTA
+// through a ring of two places, so that the next one is loaded while this one is finished.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/core/tile_order.h"
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/pipeline.h"
+#include "kernels/cuda/product.h"
+#include "kernels/cuda/wait.h"
+#include "kernels/device/mbarrier.h"
+#include "kernels/device/warp.h"
+
+namespace flashmoe::cuda {
+
+// A tile, as the warps of a CTA hand it on.
+struct TileWork {
+  core::TileKind kind;
+  int32_t expert;  // local
+  int32_t block;
+  int32_t column;  // column tile
+  int32_t rows;    // of the block; 0: there are no more tiles
+};
+
+inline constexpr int kTilesAhead = 2;
+
+struct TileRing {
+  TileWork tiles[kTilesAhead];
+  device::Mbarrier announced[kTilesAhead];
+  device::Mbarrier taken[kTilesAhead];
+};
+
+// By all lanes of a warp that is not the leading producer: the next tile of the CTA.
+FLASHMOE_DEVICE TileWork take_tile(TileRing& ring, PipelinePosition<kTilesAhead>& place) {
+  device::mbarrier_wait(&ring.announced[place.stage], place.full_parity());
+  const TileWork tile = ring.tiles[place.stage];
+  device::warp_sync();
+  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.taken[place.stage]);
+  place.advance();
+  return tile;
+}
+
+// Everything about tiles that depends on the engine.
+template <typename Engine>
+struct Tiles {
+  const Context& context;
+
+  // Signals of one tile for one row, or one row block: each warp that has a part of it sends one.
+  static constexpr int kPiecesOfRow =
+      Engine::kMathWarps * Engine::kRowFragments * 16 / Engine::kBlockRows;
+  static constexpr int kPiecesOfTile = Engine::kMathWarps;
+
+  FLASHMOE_DEVICE bool gated() const { return context.pe.gate != nullptr; }
+
+  // Result columns of a tile.
+  FLASHMOE_DEVICE int32_t first_stage_columns() const {
+    return gated() ? Engine::kColumns / 2 : Engine::kColumns;
+  }
+  FLASHMOE_DEVICE int32_t first_stage_tiles() const {
+    return static_cast<int32_t>(
+        core::ceil_div(context.shape().intermediate, first_stage_columns()));
+  }
+
+  FLASHMOE_DEVICE Product product(const TileWork& tile) const {
+    const core::Shape& shape = context.shape();
+    const PeArguments& pe = context.pe;
+    Product product;
+    product.row = tile.block * Engine::kBlockRows;
+    product.row_count = tile.rows;
+    product.expert = tile.expert;
+    if (tile.kind == core::TileKind::kFirst) {
+      const Operand up{pe.up, &pe.maps.up};
+      product.rows = {context.heap<void>(context.rank, context.arguments.heap.recv),
+                      &pe.maps.received};
+      product.even = gated() ? Operand{pe.gate, &pe.maps.gate} : up;
+      product.odd = up;
+      product.depth = shape.hidden;
+      product.width = shape.intermediate;
+      product.column = tile.column * first_stage_columns();
+      product.gated = gated();
+    } else {
+      product.rows = {context.workspace<void>(context.arguments.workspace.activated),
+                      &pe.maps.activated};
+      product.even = product.odd = Operand{pe.down, &pe.maps.down};
+      product.depth = shape.intermediate;
+      product.width = shape.hidden;
+      product.column = tile.column * Engine::kColumns;
+      product.gated = false;
+    }
+    return product;
+  }
+
+  // Waits for what the tile reads; false if the PE has failed. By one thread.
+  FLASHMOE_DEVICE bool wait_for_operands(const TileWork& tile) const {
+    if (tile.kind == core::TileKind::kFirst) {
+      return wait_for_count<device::Scope::kSystem>(
+          context, context.arrived(context.rank, tile.block), static_cast<uint64_t>(tile.rows),
+          Failure::kRows, tile.block);
+    }
+    return wait_for_count<device::Scope::kGpu>(
+        context, context.first_done(tile.block),
+        static_cast<uint64_t>(first_stage_tiles()) * kPiecesOfTile, Failure::kFirstStage,
+        tile.block);
+  }
+};
+
+// By all producer warps.
+template <typename Engine>
+struct TileProducer {
+  Tiles<Engine> tiles;
+  typename Engine::Shared& shared;
+  TileRing& ring;
+
+  // The first warp decides, the others follow it through the ring as the math warps do.
+  FLASHMOE_DEVICE void run(int producer_warp) const {
+    if (producer_warp == 0) {
+      lead();
+    } else {
+      follow();
+    }
+  }
+
+ private:
+  FLASHMOE_DEVICE int64_t take_ticket() const {
+    uint64_t ticket = 0;
+    if (device::lane_index() == 0) {
+      ticket = device::fetch_add_relaxed<device::Scope::kGpu>(&tiles.context.control()->ticket,
+                                                              uint64_t{1});
+    }
+    return device::shuffle(static_cast<int64_t>(ticket), 0);
+  }
+
+  FLASHMOE_DEVICE void announce(const TileWork& tile, PipelinePosition<kTilesAhead>& place) const {
+    device::mbarrier_wait(&ring.taken[place.stage], place.empty_parity());
+    if (device::lane_index() == 0) {
+      ring.tiles[place.stage] = tile;
+      device::mbarrier_arrive(&ring.announced[place.stage]);
+    }
+    device::warp_sync();
+    place.advance();
+  }
+
+  FLASHMOE_DEVICE void lead() const {
+    const Context& context = tiles.context;
+    const core::Plan plan = context.plan();
+    const core::TileOrder order{
+        .plan = &plan,
+        .pe = context.rank,
+        .first_columns = tiles.first_stage_tiles(),
+        .second_columns = context.shape().hidden_tiles(),
+        .weight_tiles = 0,
+    };
+    typename Engine::Producer producer;
+    PipelinePosition<kTilesAhead> place;
+    const int64_t count = order.size();
+    // The next ticket is taken before this tile is loaded, so that its answer is there when it is
+    // needed. It is still true that whoever works on the lowest unfinished ticket can go on.
+    for (int64_t ticket = take_ticket(); ticket < count;) {
+      const core::Tile at = order.at(ticket);
+      TileWork tile{at.kind, at.expert - context.rank * context.shape().local_experts(), at.block,
+                    at.column,
+                    plan.rows_in_block(at.expert, at.block - plan.first_block(at.expert))};
+      if (!device::all(device::lane_index() != 0 || tiles.wait_for_operands(tile))) break;
+      device::warp_sync();
+      device::fence_proxy_async();
+      ticket = take_ticket();
+      announce(tile, place);
+      producer.load(shared, tiles.product(tile));
+    }
+    announce(TileWork{}, place);
+  }
+
+  FLASHMOE_DEVICE void follow() const {
+    typename Engine::Producer producer;
+    PipelinePosition<kTilesAhead> place;
+    for (;;) {
+      const TileWork tile = take_tile(ring, place);
+      if (tile.rows == 0) return;
+      producer.load(shared, tiles.product(tile));
+    }
+  }
+};
+
+}  // namespace flashmoe::cuda

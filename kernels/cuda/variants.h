@@ -1,0 +1,28 @@
+// The kernels that were compiled, as a table: one translation unit for each architecture.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "kernels/core/types.h"
+
+namespace flashmoe::cuda {
+
+struct KernelVariant {
+  core::DType dtype;
+  bool exact;           // float only: 3xTF32, whose error is that of float; else plain TF32
+  int32_t block_rows;   // rows of a tile: 128, or 64 for few tokens
+  int32_t columns;      // weight columns of a tile, the gate's and the up-projection's together
+  int32_t threads;      // of a CTA
+  size_t shared_bytes;  // dynamic
+  bool tensor_maps;     // reads PeArguments::maps
+  const void* kernel;   // __global__ void(const __grid_constant__ KernelArguments)
+};
+
+// For compute capability 8.0 and later.
+std::span<const KernelVariant> sm80_variants();
+// For compute capability 9.0 alone (sm_90a).
+std::span<const KernelVariant> sm90_variants();
+
+}  // namespace flashmoe::cuda

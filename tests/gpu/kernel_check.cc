@@ -1,0 +1,325 @@
+// The kernel on a real GPU, without Python and JAX: the PEs of a layer as virtual PEs of one GPU,
+// both tile engines, against the double-precision reference of the native tests.
+//
+// usage: kernel_check [--seed=N] [--epochs=N] [part of a case's name ...]
+#include <cuda_runtime_api.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/configuration.h"
+#include "kernels/cuda/failure.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/memory.h"
+#include "tests/native/harness.h"
+#include "tests/native/problem.h"
+#include "tests/native/reference.h"
+
+namespace flashmoe::testing {
+namespace {
+
+using core::Activation;
+using core::DType;
+
+// A copy of host memory on the GPU.
+class OnGpu {
+ public:
+  OnGpu(const void* host, int64_t bytes) : bytes_(bytes), memory_(bytes > 0 ? bytes : 1) {
+    if (host != nullptr) {
+      cuda::check_cuda(cudaMemcpy(memory_.data(), host, bytes, cudaMemcpyHostToDevice), "copying");
+    }
+  }
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_.data());
+  }
+  void read(void* host) const {
+    cuda::check_cuda(cudaMemcpy(host, memory_.data(), bytes_, cudaMemcpyDeviceToHost), "reading");
+  }
+  // So that an element that the kernel does not write is seen.
+  void fill_with_nan() { cuda::check_cuda(cudaMemset(memory_.data(), 0xff, bytes_), "filling"); }
+
+ private:
+  int64_t bytes_;
+  cuda::DeviceMemory memory_;
+};
+
+int64_t bytes_of(const Tensor& tensor) {
+  return tensor.size() * (tensor.dtype() == DType::kFloat32 ? 4 : 2);
+}
+
+struct PeOnGpu {
+  OnGpu x, indices, weights, gate, up, down, gate_bias, up_bias, down_bias, y, dropped;
+  cuda::DeviceMemory heap, workspace;
+  cuda::MappedError error;
+
+  static OnGpu copy(const Tensor& tensor) { return {tensor.data(), bytes_of(tensor)}; }
+
+  PeOnGpu(const Pe& pe, const cuda::Configuration& configuration)
+      : x(copy(pe.x)),
+        indices(pe.indices.data(), static_cast<int64_t>(pe.indices.size()) * 4),
+        weights(copy(pe.weights)),
+        gate(copy(pe.experts.gate)),
+        up(copy(pe.experts.up)),
+        down(copy(pe.experts.down)),
+        gate_bias(copy(pe.experts.gate_bias)),
+        up_bias(copy(pe.experts.up_bias)),
+        down_bias(copy(pe.experts.down_bias)),
+        y(nullptr, bytes_of(pe.y)),
+        dropped(nullptr, 4),
+        heap(configuration.heap.bytes),
+        workspace(configuration.workspace.bytes) {}
+
+  cuda::PeBuffers buffers(const Layer& layer) const {
+    cuda::PeBuffers b{};
+    b.x = x.as<void>();
+    b.indices = indices.as<int32_t>();
+    b.weights = weights.as<float>();
+    b.gate = layer.gated ? gate.as<void>() : nullptr;
+    b.up = up.as<void>();
+    b.down = down.as<void>();
+    b.gate_bias = layer.gated && layer.biased ? gate_bias.as<void>() : nullptr;
+    b.up_bias = layer.biased ? up_bias.as<void>() : nullptr;
+    b.down_bias = layer.biased ? down_bias.as<void>() : nullptr;
+    b.y = y.as<void>();
+    b.dropped = dropped.as<int32_t>();
+    return b;
+  }
+};
+
+// All PEs of a problem on this GPU.
+class Run {
+ public:
+  Run(Problem& problem, const cuda::Gpu& gpu)
+      : problem_(problem), configuration_(configure(problem.layer, gpu)) {
+    cuda::load(*configuration_.variant, gpu);
+    for (const Pe& pe : problem.pes) {
+      pes_.push_back(std::make_unique<PeOnGpu>(pe, configuration_));
+    }
+  }
+
+  const cuda::Configuration& configuration() const { return configuration_; }
+
+  static cuda::Configuration configure(const Layer& layer, const cuda::Gpu& gpu) {
+    const core::Shape& shape = layer.shape;
+    return cuda::configure(
+        {
+            .num_pes = shape.num_pes,
+            .tokens = shape.tokens,
+            .hidden = shape.hidden,
+            .intermediate = shape.intermediate,
+            .num_experts = shape.num_experts,
+            .experts_per_token = shape.experts_per_token,
+            .capacity = shape.capacity,
+            .max_rows = shape.max_rows,
+            .dtype = layer.dtype,
+            .exact = true,
+        },
+        gpu, shape.num_pes);
+  }
+
+  // One epoch; results go to the problem. `absent` is a PE that never enters, or -1. Returns what
+  // the PEs report, one text for each that failed.
+  std::vector<std::string> epoch(double deadline, int32_t absent = -1) {
+    std::vector<std::byte*> heaps;
+    std::vector<cuda::PePlace> places;
+    std::vector<cuda::PeBuffers> buffers;
+    for (auto& pe : pes_) {
+      pe->y.fill_with_nan();
+      pe->dropped.fill_with_nan();
+      heaps.push_back(pe->heap.data());
+      places.push_back({pe->workspace.data(), pe->error.device()});
+      buffers.push_back(pe->buffers(problem_.layer));
+    }
+    if (absent >= 0) buffers[static_cast<size_t>(absent)].absent = true;
+    const cuda::Call call{
+        .activation = problem_.layer.activation,
+        .tag = problem_.tag,
+        .deadline = deadline,
+        .check_weights = true,
+        .gate = nullptr,
+    };
+    cuda::launch(configuration_, call, 0, heaps, places, buffers, nullptr);
+    cuda::check_cuda(cudaDeviceSynchronize(), "running the kernel");
+    std::vector<std::string> failures;
+    for (size_t i = 0; i < pes_.size(); ++i) {
+      pes_[i]->y.read(problem_.pes[i].y.data());
+      pes_[i]->dropped.read(problem_.pes[i].dropped.data());
+      const cuda::ErrorRecord error = pes_[i]->error.read();
+      if (error.failure != 0) failures.push_back(cuda::describe(error, configuration_.shape));
+    }
+    return failures;
+  }
+
+ private:
+  Problem& problem_;
+  cuda::Configuration configuration_;
+  std::vector<std::unique_ptr<PeOnGpu>> pes_;
+};
+
+struct GpuCase {
+  std::string name;
+  Layer layer;
+  Routing routing;
+};
+
+Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate, int32_t experts,
+            int32_t k, DType dtype, bool gated, bool biased, Activation activation) {
+  Layer made{};
+  made.shape = core::Shape{
+      .num_pes = pes,
+      .tokens = tokens,
+      .hidden = hidden,
+      .intermediate = intermediate,
+      .num_experts = experts,
+      .experts_per_token = k,
+      .capacity = core::kNoCapacity,
+      .max_rows = int64_t{pes} * tokens * k,
+      .block_rows = 128,
+      .block_tokens = 1,
+      .block_columns = 128,
+  };
+  made.dtype = dtype;
+  made.gated = gated;
+  made.biased = biased;
+  made.activation = activation;
+  return made;
+}
+
+std::vector<GpuCase> gpu_cases() {
+  std::vector<GpuCase> cases;
+  const auto add = [&](const std::string& name, const Layer& l, Routing routing) {
+    cases.push_back({name, l, routing});
+  };
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    const std::string type = dtype == DType::kBFloat16  ? "bf16"
+                             : dtype == DType::kFloat16 ? "f16"
+                                                        : "f32";
+    for (const int32_t pes : {1, 2, 4, 8}) {
+      const std::string name = type + " P=" + std::to_string(pes);
+      add(name + " small blocks",
+          layer(pes, 37, 200, 72, 8, 3, dtype, true, true, Activation::kSilu), Routing::kDistinct);
+      add(name + " large blocks",
+          layer(pes, 301, 136, 328, 8, 2, dtype, true, false, Activation::kSilu), Routing::kSkewed);
+      add(name + " ungated", layer(pes, 130, 264, 264, 8, 2, dtype, false, true, Activation::kGelu),
+          Routing::kRepeating);
+    }
+    add(type + " one token", layer(1, 1, 8, 8, 4, 2, dtype, true, true, Activation::kGeluTanh),
+        Routing::kDistinct);
+    add(type + " no token", layer(2, 0, 8, 8, 4, 2, dtype, true, true, Activation::kRelu),
+        Routing::kDistinct);
+    add(type + " one expert", layer(4, 99, 64, 128, 8, 1, dtype, true, false, Activation::kRelu2),
+        Routing::kAllToOne);
+    add(type + " masked PEs", layer(4, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu),
+        Routing::kSomePesMasked);
+    add(type + " masked", layer(2, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu),
+        Routing::kAllMasked);
+    add(type + " many experts",
+        layer(4, 40, 32, 40, 512, 16, dtype, true, false, Activation::kSilu), Routing::kDistinct);
+    Layer capacity = layer(4, 90, 96, 64, 16, 2, dtype, true, false, Activation::kSilu);
+    capacity.shape.capacity = 17;
+    add(type + " capacity", capacity, Routing::kSkewed);
+    Layer bounded = layer(4, 90, 96, 64, 16, 2, dtype, true, false, Activation::kSilu);
+    bounded.shape.max_rows = 101;
+    add(type + " bounded memory", bounded, Routing::kSkewed);
+  }
+  return cases;
+}
+
+void run_case(const GpuCase& test, const cuda::Gpu& gpu, uint64_t seed, int epochs) {
+  Problem problem(test.layer, test.routing, seed);
+  Run run(problem, gpu);
+  const std::vector<Expected> expected = expect(problem);
+  std::vector<std::byte> first;
+  for (int i = 0; i < epochs; ++i) {
+    const std::vector<std::string> failures = run.epoch(20);
+    check(failures.empty(), failures.empty() ? "" : failures.front());
+    const std::vector<std::byte> bytes = problem.result_bytes(false);
+    if (i == 0) {
+      check_forward(problem, expected);
+      first = bytes;
+    }
+    check(bytes == first, "epoch " + std::to_string(i) + " has other bits than epoch 0");
+  }
+}
+
+// A PE that never enters: the others end with an error that names it, and with NaN.
+void run_absent(const cuda::Gpu& gpu, uint64_t seed) {
+  Problem problem(layer(4, 64, 64, 64, 8, 2, DType::kBFloat16, true, false, Activation::kSilu),
+                  Routing::kDistinct, seed);
+  Run run(problem, gpu);
+  const std::vector<std::string> failures = run.epoch(0.2, 2);
+  check(failures.size() == 3, std::to_string(failures.size()) + " PEs of 3 report a failure");
+  for (const std::string& failure : failures) check_contains(failure, {"2"});
+  for (const size_t pe : {0, 1, 3}) {
+    for (int64_t i = 0; i < problem.pes[pe].y.size(); ++i) {
+      const double y = problem.pes[pe].y.get(i);
+      check(y != y, "y of a PE that failed is not NaN");
+    }
+  }
+  std::printf("    it says: %s\n", failures.front().c_str());
+}
+
+int run_all(uint64_t seed, int epochs, const std::vector<std::string>& filters) {
+  int passed = 0, failed = 0;
+  const cuda::Gpu real = cuda::gpu_properties(0);
+  std::vector<cuda::Gpu> gpus{real};
+  if (real.major == 9) {  // the engine of older GPUs runs here too
+    cuda::Gpu older = real;
+    older.major = 8;
+    older.minor = 0;
+    gpus.push_back(older);
+  }
+  const auto attempt = [&](const std::string& name, const auto& f) {
+    for (const std::string& filter : filters) {
+      if (name.find(filter) == std::string::npos) return;
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    std::string error;
+    try {
+      f();
+    } catch (const std::exception& exception) {
+      error = exception.what();
+    }
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+    ++(error.empty() ? passed : failed);
+    std::printf("%s %6.2f s  %s%s%s\n", error.empty() ? "passed" : "FAILED", time.count(),
+                name.c_str(), error.empty() ? "" : ": ", error.c_str());
+    std::fflush(stdout);
+  };
+  for (const cuda::Gpu& gpu : gpus) {
+    const std::string engine = "sm" + std::to_string(gpu.major) + std::to_string(gpu.minor) + " ";
+    for (const GpuCase& test : gpu_cases()) {
+      if (gpu.major == 9 && test.layer.dtype == DType::kFloat32) continue;  // same kernel as sm80
+      attempt(engine + test.name, [&] { run_case(test, gpu, seed, epochs); });
+    }
+    attempt(engine + "a PE never enters", [&] { run_absent(gpu, seed); });
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace flashmoe::testing
+
+int main(int argc, char** argv) {
+  uint64_t seed = 1;
+  int epochs = 3;
+  std::vector<std::string> filters;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strncmp(argv[i], "--seed=", 7) == 0) {
+      seed = std::strtoull(argv[i] + 7, nullptr, 10);
+    } else if (std::strncmp(argv[i], "--epochs=", 9) == 0) {
+      epochs = std::atoi(argv[i] + 9);
+    } else {
+      filters.emplace_back(argv[i]);
+    }
+  }
+  return flashmoe::testing::run_all(seed, epochs, filters);
+}
