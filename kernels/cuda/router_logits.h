@@ -132,52 +132,56 @@ struct Walk {
   }
 };
 
-// Fills a stage from depth and token on, by one warp. What lies outside of the tensors becomes 0.
-template <typename Element>
+// Fills a stage from depth and token on. What lies outside of the tensors becomes 0.
+template <typename Element, int kThreads>
 FLASHMOE_DEVICE void copy_stage(const LogitsArguments& arguments, const Walk& at,
                                 int32_t last_token, int32_t first_expert, int32_t last_expert,
                                 const StageLayout<Element>& layout, std::byte* stage,
                                 device::Mbarrier* full) {
   using Lines = Depth<Element>;
+  constexpr int kWarps = kThreads / device::kWarpSize;
   const int lane = device::lane_index();
-  const int hidden = arguments.hidden;
+  const int experts = last_expert - first_expert;
   const int columns = layout.quads * kQuadColumns;
+  const int depths = arguments.hidden - at.depth;
   const bool aligned = arguments.num_experts % 4 == 0;
-  for (int d = 0; d < kStageDepth; ++d) {
-    const int row = Lines::row(d);
-    const bool inside = at.depth + d < hidden;
-    const float* source =
-        arguments.router + int64_t{inside ? at.depth + d : 0} * arguments.num_experts;
+  const float* source = arguments.router + int64_t{at.depth} * arguments.num_experts + first_expert;
+#pragma unroll
+  for (int i = 0; i < (kStageDepth + kWarps - 1) / kWarps; ++i) {
+    const int d = i * kWarps + device::warp_index();
+    if (d >= kStageDepth) break;
+    const int32_t offset = d * arguments.num_experts;
     if (aligned) {
       for (int column = 4 * lane; column < columns; column += 4 * device::kWarpSize) {
-        const bool exists = inside && first_expert + column < last_expert;
-        device::async_copy_16(
-            layout.router(stage, column / kQuadColumns, row, column % kQuadColumns / 4),
-            source + (exists ? first_expert + column : 0), exists ? 16 : 0);
+        device::async_copy_16(layout.router(stage, column / kQuadColumns, Lines::row(d), lane % 8),
+                              source + (offset + column), d < depths && column < experts ? 16 : 0);
       }
     } else {
       for (int column = lane; column < columns; column += device::kWarpSize) {
-        const bool exists = inside && first_expert + column < last_expert;
         float* chunk = reinterpret_cast<float*>(
-            layout.router(stage, column / kQuadColumns, row, column % kQuadColumns / 4));
-        chunk[column % 4] = exists ? source[first_expert + column] : 0.0f;
+            layout.router(stage, column / kQuadColumns, Lines::row(d), lane / 4));
+        chunk[lane % 4] = d < depths && column < experts ? source[offset + column] : 0.0f;
       }
     }
   }
-  const Element* x = static_cast<const Element*>(arguments.x);
-  const int tiles_left = (last_token - at.token + kTileTokens - 1) / kTileTokens;
-  const int tiles = tiles_left < layout.tiles ? tiles_left : layout.tiles;
-  for (int i = lane; i < tiles * kTileTokens * 4; i += device::kWarpSize) {
-    const int row = i / 4;
-    const int member = i % 4;
-    const int32_t token = at.token + row;
+  const int first = device::thread_index() / 4;
+  const int member = device::thread_index() % 4;
+  const int depth = member * Lines::kWidth;
+  const Element* token = static_cast<const Element*>(arguments.x) +
+                         int64_t{at.token + first} * arguments.hidden + (at.depth + depth);
+  const int tokens = last_token - at.token;
+  const int tokens_of_tiles = (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
+  const int rows =
+      tokens_of_tiles < layout.tiles * kTileTokens ? tokens_of_tiles : layout.tiles * kTileTokens;
+  for (int row = first; row < rows; row += kThreads / 4) {
+#pragma unroll
     for (int block = 0; block < Lines::kBlocks; ++block) {
-      const int depth = at.depth + block * Lines::kBlock + member * Lines::kWidth;
-      const bool exists = token < last_token && depth < hidden;
+      const bool exists = row < tokens && depth + block * Lines::kBlock < depths;
       device::async_copy_16(
           layout.tokens(stage, row / kTileTokens, block, row % kTileTokens, member),
-          exists ? x + int64_t{token} * hidden + depth : x, exists ? 16 : 0);
+          token + block * Lines::kBlock, exists ? 16 : 0);
     }
+    token += int64_t{kThreads / 4} * arguments.hidden;
   }
   if (!aligned) device::mbarrier_arrive(full);
   device::async_copy_arrive(full);
@@ -297,32 +301,23 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
   const int room = (static_cast<int>(shared_bytes) - kStagesOffset) / layout.bytes();
   const int stages = room < kMaxStages ? room : kMaxStages;
   device::Mbarrier* full = reinterpret_cast<device::Mbarrier*>(shared);
-  device::Mbarrier* empty = full + kMaxStages;
   std::byte* first_stage = shared + kStagesOffset;
-  constexpr int kWarps = kThreads / device::kWarpSize;
 
   if (device::thread_index() == 0) {
     const bool plain_stores = arguments.num_experts % 4 != 0;
     for (int i = 0; i < stages; ++i) {
-      device::mbarrier_init(&full[i], plain_stores ? 2 * device::kWarpSize : device::kWarpSize);
-      device::mbarrier_init(&empty[i], kWarps);
+      device::mbarrier_init(&full[i], plain_stores ? 2 * kThreads : kThreads);
     }
     device::fence_mbarrier_init();
   }
   device::block_sync();
 
-  // The warps take turns to copy a stage.
   Walk copies{.token = first_token};
-  int copier = 0;
   const auto copy_next = [&] {
     if (copies.token >= last_token) return;
-    if (copier == device::warp_index()) {
-      device::mbarrier_wait(&empty[copies.stage], copies.parity ^ 1);
-      copy_stage<Element>(arguments, copies, last_token, first_expert, last_expert, layout,
-                          first_stage + copies.stage * layout.bytes(), &full[copies.stage]);
-    }
+    copy_stage<Element, kThreads>(arguments, copies, last_token, first_expert, last_expert, layout,
+                                  first_stage + copies.stage * layout.bytes(), &full[copies.stage]);
     copies.next(stages, arguments.hidden, pass_tokens);
-    copier = copier + 1 == kWarps ? 0 : copier + 1;
   };
   for (int i = 0; i + 1 < stages; ++i) copy_next();
 
@@ -335,15 +330,13 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
   for (Walk walk{.token = first_token}; walk.token < last_token;) {
     const int32_t token = walk.token + tile * kTileTokens;
     const bool has_work = tile < warps.tiles && token < last_token;
-    // Into the stage before this one, which the others have left or are about to leave.
-    copy_next();
     device::mbarrier_wait(&full[walk.stage], walk.parity);
+    device::block_sync();  // all have left the stage before this one: it can be filled again
+    copy_next();
     if (has_work) {
       multiply_stage<Element>(layout, first_stage + walk.stage * layout.bytes(), tile, first_quad,
                               quads, accumulators);
     }
-    device::warp_sync();
-    if (device::lane_index() == 0) device::mbarrier_arrive(&empty[walk.stage]);
     walk.next(stages, arguments.hidden, pass_tokens);
     if (walk.depth == 0 && has_work) {
       store_logits(arguments, token, last_token, first_expert + first_quad * kQuadColumns,

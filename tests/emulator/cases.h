@@ -1,0 +1,82 @@
+// What the emulator's tests share.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/emulator/emulator.h"
+#include "tests/native/harness.h"
+
+namespace flashmoe::testing {
+
+// The cases of each file; main() runs them all.
+std::vector<Case> ordering_cases();
+std::vector<Case> warp_cases();
+std::vector<Case> async_copy_cases();
+std::vector<Case> wgmma_cases();
+std::vector<Case> schedule_cases();
+std::vector<Case> tensor_core_cases();
+
+using Kernel = std::function<void()>;
+
+// What the launch complained of; empty if it passed.
+inline std::string complaint(const emulator::Launch& launch, const Kernel& kernel) {
+  try {
+    emulator::launch(launch, kernel);
+  } catch (const emulator::Failure& failure) {
+    return failure.what();
+  }
+  return "";
+}
+
+struct Trial {
+  emulator::Launch launch;
+  std::function<void()> prepare = [] {};  // memory, before each launch
+  int seeds = 40;
+};
+
+// The kernel is right, whatever the schedule.
+inline void passes(uint64_t seed, Trial trial, const Kernel& kernel,
+                   std::source_location where = std::source_location::current()) {
+  for (int i = 0; i < trial.seeds; ++i) {
+    trial.launch.seed = seed * 1000 + static_cast<uint64_t>(i);
+    trial.prepare();
+    const std::string message = complaint(trial.launch, kernel);
+    check(message.empty(), "a right kernel failed: " + message, where);
+  }
+}
+
+// The kernel is wrong, and every schedule shows it.
+inline void is_caught(uint64_t seed, Trial trial, const std::vector<std::string>& parts,
+                      const Kernel& kernel,
+                      std::source_location where = std::source_location::current()) {
+  for (int i = 0; i < trial.seeds; ++i) {
+    trial.launch.seed = seed * 1000 + static_cast<uint64_t>(i);
+    trial.prepare();
+    const std::string message = complaint(trial.launch, kernel);
+    check(!message.empty(), "a wrong kernel passed with seed " + std::to_string(trial.launch.seed),
+          where);
+    check_contains(message, parts, where);
+    check_contains(message, {"[seed " + std::to_string(trial.launch.seed) + "]"}, where);
+  }
+}
+
+// The kernel is wrong, and some schedules show it.
+inline void is_caught_sometimes(uint64_t seed, Trial trial, const std::vector<std::string>& parts,
+                                const Kernel& kernel,
+                                std::source_location where = std::source_location::current()) {
+  int caught = 0;
+  for (int i = 0; i < trial.seeds; ++i) {
+    trial.launch.seed = seed * 1000 + static_cast<uint64_t>(i);
+    trial.prepare();
+    const std::string message = complaint(trial.launch, kernel);
+    if (message.empty()) continue;
+    ++caught;
+    check_contains(message, parts, where);
+  }
+  check(caught > 0, "a wrong kernel passed with every seed", where);
+}
+
+}  // namespace flashmoe::testing
