@@ -3,6 +3,13 @@
 
 namespace flashmoe::emulator {
 
+namespace {
+
+// No kernel has that many in a row.
+constexpr uint64_t kMostPlainAccesses = 200'000'000;
+
+}  // namespace
+
 Accessor Machine::accessor(const Thread& thread, bool atomic) const {
   return {.id = thread.id,
           .epoch = thread.epoch,
@@ -43,6 +50,10 @@ void Machine::plain(uintptr_t address, size_t bytes, bool write, const void* pla
   const size_t offset = memory.offset(address);
   if (offset >= Memory::kEnd) return;  // a stack, a constant or an object of the host
   current->place = place;
+  if (++plain_accesses_ > kMostPlainAccesses) {
+    fail("endless loop: " + who(*current) + " does nothing but load and store since " +
+         current->doing);
+  }
   const bool constant = check_bounds(offset, bytes, write, false, false);
   if (write) {
     shadow.write(offset, bytes, accessor(*current));

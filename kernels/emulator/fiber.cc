@@ -66,9 +66,9 @@ void Stacks::prepare(Context& context, size_t index, void (*entry)()) {
       throw std::system_error(errno, std::generic_category(), "mprotect");
     }
   }
+#if defined(__x86_64__)
   // Not all at the same distance from a page, so that they do not share a few lines of the cache.
   const uintptr_t top = begin_ + (index + 1) * kStride - index % 32 * 192;
-#if defined(__x86_64__)
   // Six registers, then where to return to; a function begins 8 bytes off a multiple of 16.
   void** slots = reinterpret_cast<void**>(top - 64);
   std::fill(slots, slots + 8, nullptr);

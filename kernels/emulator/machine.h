@@ -7,7 +7,6 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <queue>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -249,17 +248,19 @@ class Machine {
   void choose_policy();
   uint64_t stalled_rounds() const;  // how often all of those who wait have looked in vain
   bool fire_due();
+  void add_event(Event event);
   void advance_to_next_event();
   [[noreturn]] void deadlock();
   [[noreturn]] void leave();
 
   Context outside_;
   std::vector<int> ready_warps_;
-  std::priority_queue<Event> events_;
+  std::vector<Event> events_;  // a heap with the earliest in front
   uint64_t event_order_ = 0, tickets_ = 0;
   uint64_t schedule_ = 0;
-  uint64_t stalled_ = 0;     // sleeps since anything changed
-  uint64_t run_length_ = 0;  // hooks since another warp was chosen
+  uint64_t stalled_ = 0;         // sleeps since anything changed
+  uint64_t plain_accesses_ = 0;  // since the last hook
+  uint64_t run_length_ = 0;      // hooks since another warp was chosen
   int live_ = 0;
   Warp* warp_ = nullptr;
   std::optional<std::string> failure_;

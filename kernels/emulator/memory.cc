@@ -81,6 +81,15 @@ const Memory::Piece* Memory::before(size_t offset) const {
   return next == pieces_.begin() ? nullptr : &next[-1];
 }
 
+void Memory::forget_accesses() {
+  for (const Piece& piece : pieces_) {
+    for (size_t i = 0; i < piece.bytes; i += 4) {
+      Cell& c = cell(piece.begin + i);
+      c = {0, 0, 0, 0, 0, c.written};
+    }
+  }
+}
+
 void Memory::reset_shared(int blocks, size_t bytes) {
   for (int block = 0; block < blocks; ++block) {
     std::byte* begin = shared(block);

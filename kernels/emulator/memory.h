@@ -47,6 +47,8 @@ class Memory {
   // The piece that ends last before an offset, for messages; null if there is none.
   const Piece* before(size_t offset) const;
 
+  // Forgets who wrote and read global memory, but not which bytes were ever written.
+  void forget_accesses();
   // Makes the shared memory of these CTAs unwritten.
   void reset_shared(int blocks, size_t bytes);
 

@@ -15,6 +15,7 @@ namespace {
 
 // What epochs and the like of this launch are greater than (shadow.h).
 uint32_t next_base = 0;
+constexpr uint32_t kLastBase = 1u << 31;
 
 Stacks& stacks() {
   static Stacks instance;
@@ -28,7 +29,7 @@ constexpr uint64_t kLongestDelay = 20'000;
 }  // namespace
 
 void Machine::choose_policy() {
-  static constexpr uint64_t kSwitch[] = {2, 2, 4, 16, 64, 512};
+  static constexpr uint64_t kSwitch[] = {1, 2, 4, 16, 64, 512};
   static constexpr uint64_t kDemote[] = {4, 32, 256, 2048};
   static constexpr uint64_t kDelays[] = {0, 0, 30, 1'000, kLongestDelay};
   policy.order = static_cast<Policy::Order>(random.below(5) % 4);  // more often uniform
@@ -127,8 +128,8 @@ void Machine::enter() {
     m.body();
   } catch (...) {
     m.exception_ = std::current_exception();
-    m.leave();
   }
+  if (m.exception_) m.leave();
   thread.doing = "ended";
   m.check_ends(thread);
   Warp& warp = m.warp_of(thread);
@@ -158,6 +159,7 @@ void Machine::begin_hook(const char* name, const void* place) {
   Thread& thread = *current;
   thread.doing = name;
   thread.place = place;
+  plain_accesses_ = 0;
   ++now;
   if (++steps > launch.max_steps) {
     fail("the launch needs more than " + std::to_string(launch.max_steps) + " steps\n" + waiting());
@@ -271,7 +273,12 @@ Thread* Machine::pick() {
 }
 
 void Machine::at(uint64_t time, std::function<void()> act) {
-  events_.push({time, ++event_order_, std::move(act), nullptr, 0});
+  add_event({time, ++event_order_, std::move(act), nullptr, 0});
+}
+
+void Machine::add_event(Event event) {
+  events_.push_back(std::move(event));
+  std::push_heap(events_.begin(), events_.end());
 }
 
 uint64_t Machine::delay() {
@@ -283,9 +290,10 @@ uint64_t Machine::delay() {
 
 bool Machine::fire_due() {
   bool fired = false;
-  while (!events_.empty() && events_.top().time <= now) {
-    const Event event = events_.top();
-    events_.pop();
+  while (!events_.empty() && events_.front().time <= now) {
+    std::pop_heap(events_.begin(), events_.end());
+    const Event event = std::move(events_.back());
+    events_.pop_back();
     if (event.act) {
       event.act();
       progress();
@@ -300,7 +308,7 @@ bool Machine::fire_due() {
 }
 
 void Machine::advance_to_next_event() {
-  now = std::max(now, events_.top().time);
+  now = std::max(now, events_.front().time);
   if (now > launch.max_nanoseconds) {
     fail("nobody got on for long: the virtual time limit of " +
          std::to_string(launch.max_nanoseconds) + " ns is over\n" + waiting());
@@ -318,7 +326,7 @@ void Machine::sleep_until(uint64_t time) {
   Thread& thread = *current;
   ++stalled_;
   thread.wake_ticket = ++tickets_;
-  events_.push({time, ++event_order_, nullptr, &thread, thread.wake_ticket});
+  add_event({time, ++event_order_, nullptr, &thread, thread.wake_ticket});
   block(Wait::kTime);
 }
 
@@ -347,6 +355,10 @@ Outcome launch(const Launch& launch, const std::function<void()>& body) {
                                 std::to_string(launch.threads) + " threads and " +
                                 std::to_string(launch.shared_bytes) +
                                 " bytes of shared memory: not possible");
+  }
+  if (next_base > kLastBase) {
+    Memory::instance().forget_accesses();
+    next_base = 0;
   }
   Machine instance(launch, body);
   machine = &instance;
