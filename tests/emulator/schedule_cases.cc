@@ -57,7 +57,7 @@ void repeats(uint64_t seed) {
 void interleavings(uint64_t seed) {
   GlobalMemory words(8, "words");
   std::set<uint64_t> seen;
-  for (uint64_t i = 0; i < 200; ++i) {
+  for (uint64_t i = 0; i < 600; ++i) {
     words.fill(std::byte{0});
     emulator::launch({.threads = 64, .seed = seed * 1000 + i}, [&] {
       if (device::lane_index() != 0) return;
@@ -70,7 +70,7 @@ void interleavings(uint64_t seed) {
     });
     seen.insert(words.values<uint32_t>()[0]);
   }
-  check(seen.size() >= 12, "only " + std::to_string(seen.size()) + " interleavings");
+  check(seen.size() >= 20, "only " + std::to_string(seen.size()) + " interleavings");
 }
 
 void messages_repeat(uint64_t seed) {
