@@ -15,8 +15,6 @@
 
 namespace flashmoe::cuda {
 
-inline constexpr size_t kGateSharedBytes = 160 * 1024;
-
 namespace internal {
 
 // As in routing.py: keeps the weights finite when all chosen sigmoid scores underflow.
@@ -205,7 +203,8 @@ FLASHMOE_DEVICE void choose_for_tokens(const GateArguments& arguments, int32_t f
 }  // namespace internal
 
 // The experts and weights of tokens [first_token, last_token), whose logits this CTA can see. By
-// all threads of the CTA, with 72 KiB of shared memory; both are free again when it returns.
+// all threads of the CTA, with kGateSharedBytes of shared memory; both are free again when it
+// returns.
 template <int kThreads>
 FLASHMOE_DEVICE void choose_experts(const GateArguments& arguments, int32_t first_token,
                                     int32_t last_token, std::byte* shared) {

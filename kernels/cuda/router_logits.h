@@ -1,20 +1,21 @@
-// The router's products: logits [T][E] = x [T][H] router [H][E], accurate to float32. The choice of
-// experts is discontinuous in them, so no factor is rounded: a 16-bit x is a tf32, and a float is
-// the sum of two but for its last bit, which makes two products, or three where x is a float too.
+// The router's products: logits [T][E] = x [T][H] router [H][E], accurate to float32, for tokens
+// and experts of a CTA. The depth goes through shared memory in stages; see router_product.h for
+// the products.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/core/types.h"
+#include "kernels/cuda/router_product.h"
 #include "kernels/device/async_copy.h"
 #include "kernels/device/barrier.h"
-#include "kernels/device/element.h"
 #include "kernels/device/identity.h"
 #include "kernels/device/mbarrier.h"
-#include "kernels/device/mma.h"
 
 namespace flashmoe::cuda {
+
+// The least. Copies overlap with products only where two stages fit.
+inline constexpr size_t kGateSharedBytes = 72 * 1024;
 
 struct LogitsArguments {
   const void* x;        // [tokens][hidden] elements; hidden is a multiple of 16 bytes of them
@@ -26,44 +27,8 @@ struct LogitsArguments {
 
 namespace internal {
 
-// Depth of a stage; rows of a product (mma's); columns that one 16-byte load feeds to 4 products.
-inline constexpr int kStageDepth = 32;
-inline constexpr int kTileTokens = 16;
-inline constexpr int kQuadColumns = 32;
-inline constexpr int kMaxQuads = 2;   // of a warp: 64 accumulators in a thread
-inline constexpr int kMaxStages = 6;  // copies of 5 stages are in flight; more would not be faster
-inline constexpr int kStagesOffset = 128;
-
-struct alignas(16) FourFloats {
-  float v[4];
-};
-struct alignas(16) FourWords {
-  uint32_t v[4];
-};
-
-// A thread reads 16 bytes of a token at a time and uses them as they come: of the depths of a stage
-// it has those at kWidth * member + [0, kWidth) of each block, two for each product. The router's
-// rows lie in shared memory in that order.
-template <typename Element>
-struct Depth {
-  static constexpr int kWidth = 16 / sizeof(Element);  // elements of a vector
-  static constexpr int kBlock = 4 * kWidth;            // depths that 4 threads read at once
-  static constexpr int kBlocks = kStageDepth / kBlock;
-  static constexpr int kSteps = kWidth / 2;  // products of a block
-
-  // Where the row of depth `d` of a stage lies.
-  static FLASHMOE_DEVICE int row(int d) {
-    const int member = d % kBlock / kWidth;
-    const int step = d / kBlock * kSteps + d % kWidth / 2;
-    return 8 * step + 4 * (d % 2) + member;
-  }
-};
-
-// high + low is x but for its last bit, where both are read as tf32.
-FLASHMOE_DEVICE void split(float x, uint32_t& high, uint32_t& low) {
-  high = (device::float_bits(x) + 0x1000u) & ~0x1fffu;
-  low = device::float_bits(x - device::float_of_bits(high));
-}
+inline constexpr int kMaxRouterStages = 6;  // copies of 5 are in flight
+inline constexpr int kRouterStagesOffset = 128;
 
 // What the warps of a CTA compute at once: `tiles` tiles of tokens, each by `parts` warps that have
 // `quads` quads of columns. The order of a logit's sums does not depend on it.
@@ -72,10 +37,10 @@ struct WarpLayout {
   int parts;
   int tiles;
 
-  static FLASHMOE_DEVICE WarpLayout of(int warps, int tokens, int all_quads) {
+  static FLASHMOE_DEVICE WarpLayout of(int warps, int max_quads, int tokens, int all_quads) {
     const int token_tiles = (tokens + kTileTokens - 1) / kTileTokens;
+    const int fewest = (all_quads + max_quads - 1) / max_quads;
     int parts = token_tiles < warps ? warps / token_tiles : 1;
-    const int fewest = (all_quads + kMaxQuads - 1) / kMaxQuads;
     parts = parts < fewest ? fewest : parts;
     parts = parts > all_quads ? all_quads : parts;
     WarpLayout layout;
@@ -87,41 +52,24 @@ struct WarpLayout {
   }
 };
 
-// A stage in shared memory: the router's quads, [kStageDepth][kQuadColumns] each, then the tiles of
-// tokens, [kBlocks][kTileTokens][64 bytes] each. A product reads 4 rows of a quad at once, so their
-// 16-byte chunks are swizzled to lie in different banks.
-template <typename Element>
-struct StageLayout {
-  static constexpr int kQuadBytes = kStageDepth * kQuadColumns * sizeof(float);
-  static constexpr int kTileBytes = kStageDepth * kTileTokens * sizeof(Element);
-
-  int quads;
-  int tiles;
-
-  FLASHMOE_DEVICE int bytes() const { return quads * kQuadBytes + tiles * kTileBytes; }
-  // Columns 4 * chunk + [0, 4) of a quad.
-  static FLASHMOE_DEVICE std::byte* router(std::byte* stage, int quad, int row, int chunk) {
-    return stage + quad * kQuadBytes + row * 128 + (chunk ^ (row % 4 * 2)) * 16;
-  }
-  // The 16 bytes of a token that thread `member` of a group reads.
-  FLASHMOE_DEVICE std::byte* tokens(std::byte* stage, int tile, int block, int token,
-                                    int member) const {
-    return stage + quads * kQuadBytes + tile * kTileBytes + (block * kTileTokens + token) * 64 +
-           member * 16;
-  }
+// What one CTA computes.
+struct LogitsBlock {
+  int32_t first_token;
+  int32_t last_token;
+  int32_t first_expert;
+  int32_t last_expert;
 };
 
-// One walk over the stages of all passes over the tokens: by the copies, and behind them by the
-// products.
-struct Walk {
-  int stage = 0;
+// A position of a walk over the stages: depths within passes over the tokens.
+struct RouterStage {
+  int index = 0;
   uint32_t parity = 0;
-  int depth = 0;
+  int32_t depth = 0;
   int32_t token;  // the first of the pass
 
   FLASHMOE_DEVICE void next(int stages, int hidden, int pass_tokens) {
-    if (++stage == stages) {
-      stage = 0;
+    if (++index == stages) {
+      index = 0;
       parity ^= 1;
     }
     depth += kStageDepth;
@@ -132,224 +80,202 @@ struct Walk {
   }
 };
 
-// Fills a stage from depth and token on. What lies outside of the tensors becomes 0.
+// This thread's part in filling the stages: columns 4 lane + [0, 4), and so on, of every kWarps-th
+// router row, and 16 bytes of every kThreads / 4-th token.
 template <typename Element, int kThreads>
-FLASHMOE_DEVICE void copy_stage(const LogitsArguments& arguments, const Walk& at,
-                                int32_t last_token, int32_t first_expert, int32_t last_expert,
-                                const StageLayout<Element>& layout, std::byte* stage,
-                                device::Mbarrier* full) {
-  using Lines = Depth<Element>;
-  constexpr int kWarps = kThreads / device::kWarpSize;
-  const int lane = device::lane_index();
-  const int experts = last_expert - first_expert;
-  const int columns = layout.quads * kQuadColumns;
-  const int depths = arguments.hidden - at.depth;
-  const bool aligned = arguments.num_experts % 4 == 0;
-  const float* source = arguments.router + int64_t{at.depth} * arguments.num_experts + first_expert;
+class RouterCopies {
+ public:
+  FLASHMOE_DEVICE RouterCopies(const LogitsArguments& arguments, const LogitsBlock& block,
+                               const RouterLayout<Element>& layout)
+      : arguments_(arguments), block_(block), layout_(layout) {
+    const uint32_t warp = device::warp_index();
+    const uint32_t lane = device::lane_index();
 #pragma unroll
-  for (int i = 0; i < (kStageDepth + kWarps - 1) / kWarps; ++i) {
-    const int d = i * kWarps + device::warp_index();
-    if (d >= kStageDepth) break;
-    const int32_t offset = d * arguments.num_experts;
-    if (aligned) {
-      for (int column = 4 * lane; column < columns; column += 4 * device::kWarpSize) {
-        device::async_copy_16(layout.router(stage, column / kQuadColumns, Lines::row(d), lane % 8),
-                              source + (offset + column), d < depths && column < experts ? 16 : 0);
+    for (uint32_t i = 0; i < kRows; ++i) {
+      row_target_[i] = Layout::router_offset(lane / 8, Lines::row(i * kWarps + warp), lane % 8);
+    }
+    warp_ = warp;
+    const uint32_t token = device::thread_index() / 4;
+    token_target_ = layout.token_offset(token / kTileTokens, 0, token % kTileTokens, lane % 4);
+  }
+
+  // Fills a stage. What lies outside of the tensors becomes 0.
+  FLASHMOE_DEVICE void copy(const RouterStage& at, std::byte* stage, device::Mbarrier* full) const {
+    const int32_t depths = arguments_.hidden - at.depth;
+    const int32_t lane = device::lane_index();
+    const float* router =
+        arguments_.router + int64_t{at.depth} * arguments_.num_experts + block_.first_expert;
+    if (vectors()) {
+      const int32_t experts = block_.last_expert - block_.first_expert;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int32_t d = i * kWarps + warp_;
+        if (d < kStageDepth) {
+          const float* source = router + d * arguments_.num_experts;
+          std::byte* target = stage + row_target_[i];
+#pragma unroll 1
+          for (int32_t column = 4 * lane; column < layout_.quads * kQuadColumns; column += 128) {
+            device::async_copy_16(target, source + column, d < depths && column < experts ? 16 : 0);
+            target += 128 / kQuadColumns * Layout::kQuadBytes;
+          }
+        }
       }
     } else {
-      for (int column = lane; column < columns; column += device::kWarpSize) {
-        float* chunk = reinterpret_cast<float*>(
-            layout.router(stage, column / kQuadColumns, Lines::row(d), lane / 4));
-        chunk[lane % 4] = d < depths && column < experts ? source[offset + column] : 0.0f;
-      }
+      copy_single_floats(router, depths, stage);
     }
-  }
-  const int first = device::thread_index() / 4;
-  const int member = device::thread_index() % 4;
-  const int depth = member * Lines::kWidth;
-  const Element* token = static_cast<const Element*>(arguments.x) +
-                         int64_t{at.token + first} * arguments.hidden + (at.depth + depth);
-  const int tokens = last_token - at.token;
-  const int tokens_of_tiles = (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
-  const int rows =
-      tokens_of_tiles < layout.tiles * kTileTokens ? tokens_of_tiles : layout.tiles * kTileTokens;
-  for (int row = first; row < rows; row += kThreads / 4) {
-#pragma unroll
-    for (int block = 0; block < Lines::kBlocks; ++block) {
-      const bool exists = row < tokens && depth + block * Lines::kBlock < depths;
-      device::async_copy_16(
-          layout.tokens(stage, row / kTileTokens, block, row % kTileTokens, member),
-          token + block * Lines::kBlock, exists ? 16 : 0);
-    }
-    token += int64_t{kThreads / 4} * arguments.hidden;
-  }
-  if (!aligned) device::mbarrier_arrive(full);
-  device::async_copy_arrive(full);
-}
 
-// Adds a stage's products of one tile of tokens and up to kMaxQuads quads of columns. Thread
-// (group, member) has the columns 32 quad + 8 member + [0, 8) of tokens group and group + 8: those
-// of accumulators[quad][j] are j, j + 4, and again for the second token. A block's products are
-// summed apart, as the tensor cores cut what does not fit the sum instead of rounding it.
-template <typename Element>
-FLASHMOE_DEVICE void multiply_stage(const StageLayout<Element>& layout, std::byte* stage, int tile,
-                                    int first_quad, int quads,
-                                    float (&accumulators)[kMaxQuads][4][4]) {
+    const int32_t depth = lane % 4 * Lines::kWidth;
+    const int32_t tokens = block_.last_token - at.token;
+    const int32_t full_tiles = (tokens + kTileTokens - 1) / kTileTokens;
+    const int32_t rows = (full_tiles < layout_.tiles ? full_tiles : layout_.tiles) * kTileTokens;
+    const Element* x = static_cast<const Element*>(arguments_.x) +
+                       int64_t{at.token} * arguments_.hidden + at.depth;
+    std::byte* target = stage + token_target_;
+#pragma unroll 1
+    for (int32_t row = device::thread_index() / 4; row < rows; row += kThreads / 4) {
+      const Element* source = x + (row * arguments_.hidden + depth);
+#pragma unroll
+      for (int i = 0; i < Lines::kBlocks; ++i) {
+        const bool exists = row < tokens && depth + i * Lines::kBlock < depths;
+        device::async_copy_16(target + i * Layout::kBlockBytes, source + i * Lines::kBlock,
+                              exists ? 16 : 0);
+      }
+      target += kThreads / 4 / kTileTokens * Layout::kTileBytes;
+    }
+    if (!vectors()) device::mbarrier_arrive(full);
+    device::async_copy_arrive(full);
+  }
+
+  // Arrivals at a stage's barrier.
+  FLASHMOE_DEVICE int arrivals() const { return vectors() ? kThreads : 2 * kThreads; }
+
+ private:
   using Lines = Depth<Element>;
-  const int group = device::lane_index() / 4;
-  const int member = device::lane_index() % 4;
-#pragma unroll
-  for (int block = 0; block < Lines::kBlocks; ++block) {
-    const FourWords words[2] = {
-        *reinterpret_cast<const FourWords*>(layout.tokens(stage, tile, block, group, member)),
-        *reinterpret_cast<const FourWords*>(layout.tokens(stage, tile, block, group + 8, member))};
-#pragma unroll
-    for (int quad = 0; quad < kMaxQuads; ++quad) {
-      if (quad < quads) {
-        float sums[4][4] = {};
-#pragma unroll
-        for (int step = 0; step < Lines::kSteps; ++step) {
-          uint32_t a[4];
-          uint32_t a_low[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(Element) == 4) {
-              split(device::float_of_bits(words[i % 2].v[2 * step + i / 2]), a[i], a_low[i]);
-            } else {
-              const uint32_t word = words[i % 2].v[step];
-              const Element element{static_cast<uint16_t>(i / 2 == 0 ? word : word >> 16)};
-              a[i] = device::float_bits(device::to_float(element));
-            }
-          }
-          FourFloats weights[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = 8 * (block * Lines::kSteps + step) + 4 * i + member;
-            weights[i] = *reinterpret_cast<const FourFloats*>(
-                layout.router(stage, first_quad + quad, row, group));
-          }
-          uint32_t high[4][2];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            uint32_t low[2];
-            split(weights[0].v[j], high[j][0], low[0]);
-            split(weights[1].v[j], high[j][1], low[1]);
-            device::mma<float>(sums[j], a, low);
-          }
-          if constexpr (sizeof(Element) == 4) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) device::mma<float>(sums[j], a_low, high[j]);
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) device::mma<float>(sums[j], a, high[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) accumulators[quad][j][i] += sums[j][i];
-        }
+  using Layout = RouterLayout<Element>;
+  static constexpr int kWarps = kThreads / device::kWarpSize;
+  static constexpr int kRows = (kStageDepth + kWarps - 1) / kWarps;
+  static_assert(kThreads / 4 % kTileTokens == 0);
+
+  // Whether the router's rows are aligned to 16 bytes.
+  FLASHMOE_DEVICE bool vectors() const { return arguments_.num_experts % 4 == 0; }
+
+  FLASHMOE_DEVICE void copy_single_floats(const float* router, int32_t depths,
+                                          std::byte* stage) const {
+    const int32_t experts = block_.last_expert - block_.first_expert;
+    const int32_t columns = layout_.quads * kQuadColumns;
+#pragma unroll 1
+    for (int32_t d = warp_; d < kStageDepth; d += kWarps) {
+#pragma unroll 1
+      for (int32_t column = device::lane_index(); column < columns; column += device::kWarpSize) {
+        float* chunk = reinterpret_cast<float*>(
+            stage +
+            Layout::router_offset(column / kQuadColumns, Lines::row(d), column % kQuadColumns / 4));
+        const bool exists = d < depths && column < experts;
+        chunk[column % 4] = exists ? router[d * arguments_.num_experts + column] : 0.0f;
       }
     }
   }
+
+  const LogitsArguments& arguments_;
+  const LogitsBlock& block_;
+  const RouterLayout<Element>& layout_;
+  int32_t warp_;
+  uint32_t row_target_[kRows];
+  uint32_t token_target_;
+};
+
+template <int kMaxQuads>
+FLASHMOE_DEVICE void store_logits(const LogitsArguments& arguments, const LogitsBlock& block,
+                                  int32_t first_token, int first_quad, int quads,
+                                  const RouterSums<kMaxQuads>& sums) {
+  const bool vectors = arguments.num_experts % 4 == 0;
+  for_each_result(sums, quads, [&](int quad, int token, int column, const FourFloats& four) {
+    token += first_token;
+    const int32_t expert = block.first_expert + (first_quad + quad) * kQuadColumns + column;
+    if (token >= block.last_token) return;
+    float* target = arguments.logits + int64_t{token} * arguments.num_experts + expert;
+    if (vectors && expert < block.last_expert) {
+      *reinterpret_cast<FourFloats*>(target) = four;
+    } else if (!vectors) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (expert + j < block.last_expert) target[j] = four.v[j];
+      }
+    }
+  });
 }
 
-FLASHMOE_DEVICE void store_logits(const LogitsArguments& arguments, int32_t first_token,
-                                  int32_t last_token, int32_t first_expert, int32_t last_expert,
-                                  int quads, float (&accumulators)[kMaxQuads][4][4]) {
-  const bool aligned = arguments.num_experts % 4 == 0;
-#pragma unroll
-  for (int quad = 0; quad < kMaxQuads; ++quad) {
-    if (quad < quads) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t token = first_token + device::lane_index() / 4 + i / 2 * 8;
-        const int32_t expert =
-            first_expert + quad * kQuadColumns + device::lane_index() % 4 * 8 + i % 2 * 4;
-        if (token >= last_token) continue;
-        float* target = arguments.logits + int64_t{token} * arguments.num_experts + expert;
-        if (aligned && expert < last_expert) {
-          *reinterpret_cast<FourFloats*>(target) = {
-              accumulators[quad][0][i], accumulators[quad][1][i], accumulators[quad][2][i],
-              accumulators[quad][3][i]};
-        } else if (!aligned) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (expert + j < last_expert) target[j] = accumulators[quad][j][i];
-          }
-        }
-      }
-    }
-  }
-}
 }  // namespace internal
 
-// The logits of tokens [first_token, last_token) for experts [first_expert, last_expert), the
-// first of which is a multiple of 4, and so is the last unless it is num_experts. By all threads of
-// the CTA, with all of its dynamic shared memory; both are free again when it returns, and the
-// CTA's threads see the logits. A logit's bits depend on its token, its expert and nothing else.
+// The logits of tokens [first_token, last_token) for experts [first_expert, last_expert), of which
+// the first is a multiple of 4 and the last too, unless it is num_experts. By all threads of the
+// CTA, with its dynamic shared memory, at least kGateSharedBytes; all of it is free again when it
+// returns, and the threads of the CTA see the logits. A logit's bits depend on its token and its
+// expert, not on what else is computed where.
 template <typename Element, int kThreads>
 FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t first_token,
                                    int32_t last_token, int32_t first_expert, int32_t last_expert,
                                    std::byte* shared, size_t shared_bytes) {
   using namespace internal;
   if (first_token >= last_token || first_expert >= last_expert) return;
+  constexpr int kWarps = kThreads / device::kWarpSize;
+  constexpr int kMaxQuads = 16 / kWarps + (16 % kWarps != 0);  // 512 experts at once
+  const LogitsBlock block{first_token, last_token, first_expert, last_expert};
   const int all_quads = (last_expert - first_expert + kQuadColumns - 1) / kQuadColumns;
-  const WarpLayout warps =
-      WarpLayout::of(kThreads / device::kWarpSize, last_token - first_token, all_quads);
+  const WarpLayout warps = WarpLayout::of(kWarps, kMaxQuads, last_token - first_token, all_quads);
   const int pass_tokens = warps.tiles * kTileTokens;
-  const StageLayout<Element> layout{all_quads, warps.tiles};
-  const int room = (static_cast<int>(shared_bytes) - kStagesOffset) / layout.bytes();
-  const int stages = room < kMaxStages ? room : kMaxStages;
+  const RouterLayout<Element> layout{all_quads, warps.tiles};
+  const int room = (static_cast<int>(shared_bytes) - kRouterStagesOffset) / layout.bytes();
+  const int stages = room < kMaxRouterStages ? room : kMaxRouterStages;
   device::Mbarrier* full = reinterpret_cast<device::Mbarrier*>(shared);
-  std::byte* first_stage = shared + kStagesOffset;
+  std::byte* first_stage = shared + kRouterStagesOffset;
+  const RouterCopies<Element, kThreads> copies(arguments, block, layout);
 
   if (device::thread_index() == 0) {
-    const bool plain_stores = arguments.num_experts % 4 != 0;
-    for (int i = 0; i < stages; ++i) {
-      device::mbarrier_init(&full[i], plain_stores ? 2 * kThreads : kThreads);
-    }
+    for (int i = 0; i < stages; ++i) device::mbarrier_init(&full[i], copies.arrivals());
     device::fence_mbarrier_init();
   }
   device::block_sync();
 
-  Walk copies{.token = first_token};
+  RouterStage copied{.token = first_token};
   const auto copy_next = [&] {
-    if (copies.token >= last_token) return;
-    copy_stage<Element, kThreads>(arguments, copies, last_token, first_expert, last_expert, layout,
-                                  first_stage + copies.stage * layout.bytes(), &full[copies.stage]);
-    copies.next(stages, arguments.hidden, pass_tokens);
+    if (copied.token >= last_token) return;
+    copies.copy(copied, first_stage + copied.index * layout.bytes(), &full[copied.index]);
+    copied.next(stages, arguments.hidden, pass_tokens);
   };
   for (int i = 0; i + 1 < stages; ++i) copy_next();
 
-  const int part = device::warp_index() % warps.parts;
   const int tile = device::warp_index() / warps.parts;
-  const int first_quad = part * warps.quads;
+  const int first_quad = device::warp_index() % warps.parts * warps.quads;
   const int quads_left = all_quads - first_quad;
   const int quads = quads_left < warps.quads ? quads_left : warps.quads;
-  float accumulators[kMaxQuads][4][4] = {};
-  for (Walk walk{.token = first_token}; walk.token < last_token;) {
-    const int32_t token = walk.token + tile * kTileTokens;
-    const bool has_work = tile < warps.tiles && token < last_token;
-    device::mbarrier_wait(&full[walk.stage], walk.parity);
-    device::block_sync();  // all have left the stage before this one: it can be filled again
-    copy_next();
-    if (has_work) {
-      multiply_stage<Element>(layout, first_stage + walk.stage * layout.bytes(), tile, first_quad,
-                              quads, accumulators);
-    }
-    walk.next(stages, arguments.hidden, pass_tokens);
-    if (walk.depth == 0 && has_work) {
-      store_logits(arguments, token, last_token, first_expert + first_quad * kQuadColumns,
-                   last_expert, quads, accumulators);
-#pragma unroll
-      for (auto& quad : accumulators) {
-#pragma unroll
-        for (auto& column : quad) {
-#pragma unroll
-          for (float& value : column) value = 0.0f;
-        }
+  RouterStage at{.token = first_token};
+  while (at.token < last_token) {
+    const int32_t token = at.token + tile * kTileTokens;
+    const bool has_tile = tile < warps.tiles && token < last_token;
+    RouterSums<kMaxQuads> sums = {};
+    do {
+      // After a block_sync all have left the stage before this one: it can be filled again.
+      if (stages == 1) {
+        device::block_sync();
+        copy_next();
       }
-    }
+      device::mbarrier_wait(&full[at.index], at.parity);
+      if (stages > 1) {
+        device::block_sync();
+        copy_next();
+      }
+      if (has_tile) {
+        multiply_stage(layout, first_stage + at.index * layout.bytes(), tile, first_quad, quads,
+                       sums);
+      }
+      at.next(stages, arguments.hidden, pass_tokens);
+    } while (at.depth != 0);
+    if (has_tile) store_logits(arguments, block, token, first_quad, quads, sums);
+  }
+  device::block_sync();
+  if (device::thread_index() == 0) {
+    for (int i = 0; i < stages; ++i) device::mbarrier_invalidate(&full[i]);
   }
   device::block_sync();
 }

@@ -31,6 +31,15 @@ FLASHMOE_DEVICE void fence_mbarrier_init() {
 #endif
 }
 
+// By one thread, after all use: the memory may be used otherwise (PTX ISA, `mbarrier.inval`).
+FLASHMOE_DEVICE void mbarrier_invalidate(Mbarrier* barrier) {
+#if FLASHMOE_EMULATED
+  emulator::mbarrier_invalidate(barrier);
+#else
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
 // One arrival, with release semantics.
 FLASHMOE_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
 #if FLASHMOE_EMULATED

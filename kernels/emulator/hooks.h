@@ -39,6 +39,7 @@ void sleep(uint32_t nanoseconds);
 // mbarriers. `barrier` points to 8 bytes of shared memory.
 void mbarrier_init(void* barrier, uint32_t arrivals);
 void fence_mbarrier_init();
+void mbarrier_invalidate(void* barrier);
 void mbarrier_arrive(void* barrier, uint32_t expected_bytes);
 bool mbarrier_test(void* barrier, uint32_t parity);
 void mbarrier_wait(void* barrier, uint32_t parity);

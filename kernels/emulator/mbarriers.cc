@@ -60,6 +60,20 @@ void fence_mbarrier_init() {
   }
 }
 
+void mbarrier_invalidate(void* address) {
+  Thread& thread = begin_hook("mbarrier_invalidate", __builtin_return_address(0));
+  Machine& m = *machine;
+  Mbarrier& barrier = m.find_mbarrier(address);
+  if (barrier.pending != barrier.arrivals || barrier.bytes != 0 || !barrier.waiters.empty()) {
+    m.fail("mbarrier misuse: " + m.who(thread) + " invalidates " + m.where(barrier.offset) +
+           ", which is in use");
+  }
+  const size_t offset = barrier.offset;
+  m.shadow.clear_barrier(offset, kBarrierBytes);
+  m.shadow.write(offset, kBarrierBytes, m.accessor(thread));
+  m.block_of(thread).mbarriers.erase(offset);
+}
+
 void Machine::try_complete(Mbarrier& barrier) {
   if (barrier.pending != 0) return;
   if (barrier.bytes < 0) {

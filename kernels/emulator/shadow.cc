@@ -245,6 +245,11 @@ void Shadow::collect(size_t offset, size_t bytes, std::vector<Written>& writes) 
   });
 }
 
+void Shadow::clear_barrier(size_t offset, size_t bytes) {
+  for_cells(offset, bytes,
+            [](Cell& cell, size_t, uint8_t) { cell.flags &= static_cast<uint8_t>(~kBarrierCell); });
+}
+
 void Shadow::set_barrier(size_t offset, size_t bytes) {
   for_cells(offset, bytes, [](Cell& cell, size_t, uint8_t) { cell.flags |= kBarrierCell; });
 }

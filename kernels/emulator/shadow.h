@@ -86,6 +86,7 @@ class Shadow {
   }
   // The bytes are an mbarrier from now on.
   void set_barrier(size_t offset, size_t bytes);
+  void clear_barrier(size_t offset, size_t bytes);
 
   uint32_t base() const { return base_; }
   // At least every epoch-like number that is in use.

@@ -18,6 +18,7 @@ std::vector<Case> async_copy_cases();
 std::vector<Case> wgmma_cases();
 std::vector<Case> schedule_cases();
 std::vector<Case> tensor_core_cases();
+std::vector<Case> gate_cases();
 
 using Kernel = std::function<void()>;
 

@@ -26,7 +26,7 @@ bool is_wanted(const std::string& name, const std::vector<std::string>& filters)
 int run(uint64_t seed, const std::vector<std::string>& filters) {
   std::vector<Case> cases;
   for (auto group : {ordering_cases, warp_cases, async_copy_cases, wgmma_cases, schedule_cases,
-                     tensor_core_cases}) {
+                     tensor_core_cases, gate_cases}) {
     std::vector<Case> more = group();
     std::move(more.begin(), more.end(), std::back_inserter(cases));
   }

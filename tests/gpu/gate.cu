@@ -19,12 +19,13 @@ namespace {
 using flashmoe::core::BFloat16;
 using flashmoe::core::Float16;
 using flashmoe::cuda::GateArguments;
-using flashmoe::cuda::kGateSharedBytes;
 using flashmoe::testing::GateAnswer;
 using flashmoe::testing::GateProblem;
 using flashmoe::testing::GateSizes;
 namespace cuda = flashmoe::cuda;
 namespace device = flashmoe::device;
+
+constexpr size_t kSharedBytes = 160 * 1024;
 
 template <typename Element, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) gate_kernel(GateArguments arguments) {
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 1) gate_kernel(GateArguments argumen
   cuda::gate<Element, kThreads>(
       arguments, static_cast<int32_t>(tokens * device::block_index() / device::block_count()),
       static_cast<int32_t>(tokens * (device::block_index() + 1) / device::block_count()),
-      device::shared_memory(), kGateSharedBytes);
+      device::shared_memory(), kSharedBytes);
 }
 
 // Logits of all tokens for 32 experts in each CTA.
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1) logits_kernel(GateArguments argum
       {arguments.x, arguments.router, arguments.logits, arguments.hidden, arguments.num_experts}, 0,
       arguments.tokens, first,
       first + 32 < arguments.num_experts ? first + 32 : arguments.num_experts,
-      device::shared_memory(), kGateSharedBytes);
+      device::shared_memory(), kSharedBytes);
 }
 
 // Of logits that are there.
@@ -137,29 +138,29 @@ class OnDevice {
 
   template <int kThreads>
   void launch(int ctas) const {
-    gate_kernel<Element, kThreads><<<ctas, kThreads, kGateSharedBytes>>>(arguments());
+    gate_kernel<Element, kThreads><<<ctas, kThreads, kSharedBytes>>>(arguments());
   }
   template <int kThreads>
   void launch_logits() const {
     logits_kernel<Element, kThreads>
-        <<<(sizes_.experts + 31) / 32, kThreads, kGateSharedBytes>>>(arguments());
+        <<<(sizes_.experts + 31) / 32, kThreads, kSharedBytes>>>(arguments());
   }
 
   template <int kThreads>
   void launch_choose(int ctas) const {
-    choose_kernel<kThreads><<<ctas, kThreads, kGateSharedBytes>>>(arguments());
+    choose_kernel<kThreads><<<ctas, kThreads, kSharedBytes>>>(arguments());
   }
 
   template <int kThreads>
   static void allow_shared_memory() {
     require(cudaFuncSetAttribute(gate_kernel<Element, kThreads>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kGateSharedBytes),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
             "cudaFuncSetAttribute");
     require(cudaFuncSetAttribute(logits_kernel<Element, kThreads>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kGateSharedBytes),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
             "cudaFuncSetAttribute");
     require(cudaFuncSetAttribute(choose_kernel<kThreads>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kGateSharedBytes),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
             "cudaFuncSetAttribute");
   }
 
