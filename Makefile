@@ -4,6 +4,8 @@
 #   VENV=.venv           the folder of the virtual environment
 #   ARGS="..."           more arguments for the demo or for pytest
 #   WERROR=1             compiler warnings are errors
+#   LOWEST=1             the lowest versions of JAX and the like, instead of the newest
+#   FLASHMOE_CUDA=1      with the CUDA module too (venv, wheel, bazel-test)
 VENV ?= .venv
 ARGS ?=
 PYTEST_WORKERS ?= 2
@@ -12,12 +14,12 @@ BIN := $(abspath $(VENV))/bin
 # The import hook of the editable install runs `cmake` from PATH when a C++ source has changed.
 export PATH := $(BIN):$(PATH)
 
-CXX_SOURCES = $(shell find kernels tests/native -name '*.h' -o -name '*.cc')
+CXX_SOURCES = $(shell find kernels tests -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 # GCC's ThreadSanitizer cannot place its shadow memory on kernels with much address randomisation.
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan bazel-test docs wheel lint format clean
+.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan emulator-test cuda bazel-test docs wheel lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -29,7 +31,7 @@ venv:  ## make or update the virtual environment that all the others use
 demo: venv  ## train a small MoE language model on 8 virtual CPU devices
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
-test: native-test  ## run all tests
+test: native-test emulator-test  ## run all tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(ARGS)
 
 test-smoke: venv  ## run the part of the tests that every supported Python runs
@@ -55,6 +57,19 @@ native-tsan native-asan: native-%: venv
 	    -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build build/$*
 	$(RUN) ctest --test-dir build/$* --verbose
+
+emulator-test: venv  ## run the tests of the CUDA kernel's parts in the emulator, on the CPU
+	@echo "==> Emulator tests"
+	@CXX=$$(tools/find_compiler.sh) && export CXX && cmake -G Ninja -S . -B build/emulator \
+	    -DFLASHMOE_PYTHON_MODULES=OFF -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_CUDA=OFF \
+	    -DFLASHMOE_WERROR=$(if $(filter 1,$(WERROR)),ON,OFF) \
+	    -DFLASHMOE_FFI_INCLUDE_DIR="$$($(BIN)/python tools/fetch_ffi_headers.py)" \
+	    -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build build/emulator --target emulator_tests
+	build/emulator/tests/emulator/emulator_tests
+
+cuda: venv  ## compile the CUDA module with a toolchain from PyPI, and check its machine code
+	tools/build_cuda.sh $(BIN)/python
 
 bazel-test: venv  ## build everything with Bazel too, and run the native and the smoke tests on it
 	bazel=$$(tools/find_bazel.sh) && PYTHON=$(BIN)/python $$bazel test //... --test_output=errors

@@ -4,7 +4,7 @@
 # older one it stops the whole backend from starting. So the headers must be those of the oldest
 # supported jaxlib, whichever jaxlib the package later runs with.
 
-set(flashmoe_oldest_jaxlib 0.10.0)
+set(flashmoe_oldest_jaxlib 0.10.1)
 
 if(FLASHMOE_FFI_INCLUDE_DIR)
   set(ffi_include_dir ${FLASHMOE_FFI_INCLUDE_DIR})

@@ -8,6 +8,7 @@ from flashmoe_jax._compat import check_jax_version
 
 check_jax_version(jax.__version__)
 
+from flashmoe_jax import runtime  # noqa: E402
 from flashmoe_jax.api import MoEAux, moe, moe_local  # noqa: E402
 from flashmoe_jax.config import MoEConfig, RouterConfig  # noqa: E402
 from flashmoe_jax.params import MoEParams, SharedParams, init_params  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "moe",
     "moe_local",
     "route",
+    "runtime",
     "update_selection_bias",
     "z_loss",
 ]

@@ -3,7 +3,7 @@
 import re
 import warnings
 
-OLDEST_JAX = (0, 10, 0)
+OLDEST_JAX = (0, 10, 1)
 NEWEST_TESTED_JAX = (0, 12)
 
 

@@ -1,27 +1,53 @@
-"""Registration of the custom call with XLA, and whether it can be used here."""
+"""Registration of the custom calls with XLA, and whether they can be used here."""
 
 import functools
+import importlib
+import importlib.util
+import pathlib
 from types import ModuleType
 
 import jax
 
+# As JAX calls NVIDIA GPUs, in its devices and in its lowering rules.
+CUDA_PLATFORMS = ("gpu", "cuda")
+
 
 @functools.cache
 def _extension() -> ModuleType | ImportError:
+    return _load("_ext")
+
+
+@functools.cache
+def _cuda_extension() -> ModuleType | ImportError:
+    return _load("_cuda")
+
+
+def _load(name: str) -> ModuleType | ImportError:
     try:
-        from flashmoe_jax import _ext
+        return importlib.import_module(f"flashmoe_jax.{name}")
     except ImportError as error:
         return error
-    return _ext
 
 
 def extension() -> ModuleType:
-    """The extension module.
+    """The extension module of the CPU engine.
 
     Raises:
         ImportError: it was not built, or its libraries were not found.
     """
-    module = _extension()
+    return _or_raise(_extension())
+
+
+def cuda_extension() -> ModuleType:
+    """The extension module of the CUDA kernel.
+
+    Raises:
+        ImportError: it was not built, or its libraries were not found.
+    """
+    return _or_raise(_cuda_extension())
+
+
+def _or_raise(module: ModuleType | ImportError) -> ModuleType:
     if isinstance(module, ImportError):
         raise module
     return module
@@ -29,8 +55,12 @@ def extension() -> ModuleType:
 
 def unavailable_reason(platform: str) -> str | None:
     """Why the fused implementation cannot run on `platform`, or None if it can."""
+    if platform in CUDA_PLATFORMS:
+        return _why_not_cuda()
     if platform != "cpu":
-        return f"the fused kernel has no handler for platform {platform!r}, only for 'cpu'"
+        return (
+            f"the fused kernel has no handler for platform {platform!r}, only for 'cpu' and 'cuda'"
+        )
     module = _extension()
     if isinstance(module, ImportError):
         return f"the extension module flashmoe_jax._ext could not be loaded ({module})"
@@ -42,9 +72,59 @@ def unavailable_reason(platform: str) -> str | None:
     return None
 
 
+def _why_not_cuda() -> str | None:
+    module = _cuda_extension()
+    if isinstance(module, ImportError):
+        return f"the extension module flashmoe_jax._cuda could not be loaded ({module})"
+    try:
+        count = module.gpu_count()
+    except RuntimeError as error:
+        return f"CUDA finds no GPU ({error})"
+    return None if count else "CUDA finds no GPU"
+
+
+def why_not_several_gpus() -> str | None:
+    """Why the CUDA kernel cannot span several GPUs here, or None if it can."""
+    gpus = sum(device.platform in CUDA_PLATFORMS for device in jax.local_devices())
+    if gpus != 1:
+        return (
+            f"this process has {gpus} GPUs, and the CUDA kernel spans several GPUs only with one "
+            "process for each: start one per GPU and call jax.distributed.initialize in all of "
+            "them"
+        )
+    try:
+        load_nvshmem()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def load_nvshmem() -> tuple[int, int, int]:
+    """Loads the NVSHMEM host library, once, and returns its version.
+
+    Raises:
+        RuntimeError: It is not installed, or of a version that does not fit.
+    """
+    version: tuple[int, int, int] = cuda_extension().load_nvshmem(_nvshmem_library())
+    return version
+
+
+def _nvshmem_library() -> str:
+    """The file in the package nvidia-nvshmem-cu13; empty where that is not installed."""
+    try:
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:
+        return ""
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for folder in folders:
+        for library in sorted(pathlib.Path(folder, "lib").glob("libnvshmem_host.so.*")):
+            return str(library)
+    return ""
+
+
 @functools.cache
 def register() -> None:
-    """Registers the handlers with XLA, once.
+    """Registers the handlers of the CPU engine with XLA, once.
 
     Lazily, so that importing the package does not initialise JAX; and after the backend exists,
     since XLA wants a state's type before the handlers that use it and does not keep that order in
@@ -55,3 +135,10 @@ def register() -> None:
     jax.ffi.register_ffi_type("flashmoe_call_site", module.call_site_type(), platform="cpu")
     for target, stages in module.handlers().items():
         jax.ffi.register_ffi_target(target, stages, platform="cpu")
+
+
+@functools.cache
+def register_cuda() -> None:
+    """Registers the handlers of the CUDA kernel with XLA, once."""
+    for target, stages in cuda_extension().handlers().items():
+        jax.ffi.register_ffi_target(target, stages, platform="CUDA")

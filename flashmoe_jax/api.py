@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flashmoe_jax import validation
+from flashmoe_jax import _ffi, validation
 from flashmoe_jax.config import MoEConfig, deadline_seconds
-from flashmoe_jax.local_call import local_call
+from flashmoe_jax.local_call import LocalCall, local_call
 from flashmoe_jax.params import MoEParams, partition_specs
 from flashmoe_jax.reference.dense import dense
 from flashmoe_jax.reference.ffn import shared_experts
@@ -127,7 +127,7 @@ def moe(
         validation.check_axes(mesh, expert_axis, token_axes, config)
         sharding = _Sharding(mesh, expert_axis, tuple(token_axes))
     validation.check_arrays(x, params, config, routing, mask, config.num_experts)
-    implementation = _choose_implementation(implementation, mesh, x.dtype)
+    implementation = _choose_implementation(implementation, mesh, x.dtype, config, sharding.num_pes)
     if implementation == "fused":
         # Part of what `_moe` is compiled for, so that a changed environment counts.
         config = dataclasses.replace(config, deadline_seconds=deadline_seconds(config))
@@ -193,7 +193,7 @@ def moe_local(
         key,
         config=config,
         sharding=_Sharding(mesh, expert_axis, tuple(token_axes)),
-        implementation=_choose_implementation(implementation, mesh, x.dtype),
+        implementation=_choose_implementation(implementation, mesh, x.dtype, config, num_pes),
         group_tokens=num_pes * math.prod(x.shape[:-1]),
     )
 
@@ -261,8 +261,6 @@ def _moe_shard(
     # No collective takes an empty operand.
     tokens = _flatten(tokens, len(shape) - 1, padding=1 if num_tokens == 0 else 0)
     x = tokens.x
-    shard = lax.axis_index(sharding.token_axes) if sharding.token_axes else 0
-    routing = _routing(tokens, params, config, key, first_token=shard * x.shape[0])
     call = local_call(
         config,
         axis=sharding.expert_axis,
@@ -271,16 +269,46 @@ def _moe_shard(
         group_tokens=group_tokens,
         caller_routing=tokens.routing is not None,
     )
-    operands = x, routing.indices, routing.weights, _only_experts(params)
-    if sharding.expert_axis is not None:
-        operands = _vary_alike(operands, sharding.expert_axis)
-    y, dropped = _local_implementation(implementation)(*operands, call)
+    y, dropped, routing = _computed(implementation, tokens, params, key, call, sharding)
     if params.shared is not None:
         y = y + shared_experts(x, params.shared, config)
     totals = routing_sums(routing, config), dropped
     if sharding.token_axes:
         totals = lax.psum(totals, sharding.token_axes)
     return y[:num_tokens].reshape(shape), _aux(*totals)
+
+
+def _computed(
+    implementation: Implementation,
+    tokens: _Tokens,
+    params: MoEParams,
+    key: jax.Array | None,
+    call: LocalCall,
+    sharding: _Sharding,
+) -> tuple[jax.Array, jax.Array, Routing]:
+    """The routed experts' part of y [T, H], dropped [], and the routing, of this device."""
+    config, axis = call.config, sharding.expert_axis
+    compute: Callable[..., tuple[jax.Array, jax.Array]] = xla_local
+    if implementation == "fused" and _platform(sharding.mesh) in _ffi.CUDA_PLATFORMS:
+        from flashmoe_jax.fused_cuda import fused_cuda_local, routed_cuda_local
+
+        if tokens.routing is None and (key is None or config.router.jitter == 0.0):
+            unrouted = tokens.x, tokens.mask, dataclasses.replace(params, shared=None)
+            if axis is not None:
+                unrouted = _vary_alike(unrouted, axis)
+            return routed_cuda_local(*unrouted, call, mesh=sharding.mesh)
+        compute = functools.partial(fused_cuda_local, mesh=sharding.mesh)
+    elif implementation == "fused":
+        from flashmoe_jax.fused import fused_local  # Loads the extension of the CPU engine.
+
+        compute = fused_local
+    shard = lax.axis_index(sharding.token_axes) if sharding.token_axes else 0
+    routing = _routing(tokens, params, config, key, first_token=shard * tokens.x.shape[0])
+    operands = tokens.x, routing.indices, routing.weights, _only_experts(params)
+    if axis is not None:
+        operands = _vary_alike(operands, axis)
+    y, dropped = compute(*operands, call)
+    return y, dropped, routing
 
 
 def _moe_dense(
@@ -413,18 +441,12 @@ def _reshard_like(x: jax.Array, y: jax.Array) -> jax.Array:
     return y if wanted.mesh.empty or wanted == given else jax.sharding.reshard(y, wanted)
 
 
-def _local_implementation(
-    implementation: Implementation,
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    if implementation == "xla":
-        return xla_local
-    from flashmoe_jax.fused import fused_local  # Loads the extension, which "xla" does not need.
-
-    return fused_local
-
-
 def _choose_implementation(
-    implementation: Implementation, mesh: Mesh | AbstractMesh | None, dtype: jnp.dtype
+    implementation: Implementation,
+    mesh: Mesh | AbstractMesh | None,
+    dtype: jnp.dtype,
+    config: MoEConfig,
+    num_pes: int,
 ) -> Implementation:
     """What "auto" means here, or the given implementation if it is available."""
     if implementation not in get_args(Implementation):
@@ -433,7 +455,7 @@ def _choose_implementation(
         )
     if implementation in ("xla", "dense"):
         return implementation
-    reason = _why_not_fused(_platform(mesh), dtype)
+    reason = _why_not_fused(_platform(mesh), dtype, config, num_pes)
     if reason is None:
         return "fused"
     if implementation == "fused":
@@ -444,12 +466,15 @@ def _choose_implementation(
     return "xla"
 
 
-def _why_not_fused(platform: str, dtype: jnp.dtype) -> str | None:
-    from flashmoe_jax import _ffi  # Loads the extension, which "xla" does not need.
-
+def _why_not_fused(platform: str, dtype: jnp.dtype, config: MoEConfig, num_pes: int) -> str | None:
     if dtype == jnp.float64:
         return "it does not compute float64"
-    return _ffi.unavailable_reason(platform)
+    reason = _ffi.unavailable_reason(platform)
+    if reason is None and platform in _ffi.CUDA_PLATFORMS:
+        from flashmoe_jax import fused_cuda  # Loads the extension of the CUDA kernel.
+
+        reason = fused_cuda.why_not(config, dtype, num_pes)
+    return reason
 
 
 @functools.cache
@@ -462,4 +487,7 @@ def _platform(mesh: Mesh | AbstractMesh | None) -> str:
         return mesh.devices.flat[0].platform
     if mesh is not None and mesh.abstract_device is not None:
         return mesh.abstract_device.platform
+    default = jax.config.jax_default_device
+    if default is not None:
+        return default if isinstance(default, str) else default.platform
     return jax.default_backend()

@@ -46,7 +46,9 @@ class Report:
             be loaded.
         trial_error: Largest difference, relative to the largest value, between the fused and the
             dense implementation in a small layer, output and gradients; None: not tried.
-        nvidia_driver: Version of the driver; None: there is none.
+        cuda: NVIDIA driver, the kernel's extension, its GPUs and the memory reserved on them,
+            NVSHMEM found and built for, and what several GPUs lack; a value is None where there is
+            nothing.
     """
 
     verdict: Verdict
@@ -55,7 +57,7 @@ class Report:
     devices: dict[str, Any]
     engine: dict[str, Any]
     trial_error: float | None
-    nvidia_driver: str | None
+    cuda: dict[str, Any]
 
     def __str__(self) -> str:
         lines = [f"flashmoe_jax {fm.__version__}: {self.verdict}"]
@@ -69,9 +71,7 @@ class Report:
             lines += [title, *(f"  {name:28}{_text(value)}" for name, value in values.items())]
         if self.trial_error is not None:
             lines.append(f"  {'fused against dense':28}{self.trial_error:.1e}, relative")
-        lines += ["CUDA", f"  {'driver':28}{self.nvidia_driver or 'none'}"]
-        lines.append(f"  {'kernel':28}not part of this version")
-        return "\n".join(lines)
+        return "\n".join([*lines, "CUDA", *_cuda_lines(self.cuda)])
 
 
 def examine() -> Report:
@@ -86,15 +86,19 @@ def examine() -> Report:
             **_ffi.extension().settings(),
             "deadline_seconds": deadline_seconds(_config()),
         }
-        if reason is None:
-            error = _trial_error()
-            if not error <= _TRIAL_BOUND:
-                broken = True
-                reasons.append(f"the fused layer is off by {error:.1e} of the dense one")
     except ImportError as problem:
         broken = True
         if reason is None or str(problem) not in reason:
             reasons.append(f"the extension module could not be loaded: {problem}")
+    except Exception as problem:  # Whatever is wrong is what the report is for.
+        broken = True
+        reasons.append(str(problem).strip())
+    try:
+        if reason is None and not broken:
+            error = _trial_error()
+            if not error <= _TRIAL_BOUND:
+                broken = True
+                reasons.append(f"the fused layer is off by {error:.1e} of the dense one")
     except Exception as problem:  # Whatever is wrong is what the report is for.
         broken = True
         reasons.append(str(problem).strip())
@@ -117,7 +121,7 @@ def examine() -> Report:
         },
         engine=engine,
         trial_error=error,
-        nvidia_driver=_nvidia_driver(),
+        cuda=_cuda(),
     )
 
 
@@ -150,11 +154,13 @@ def _trial_error() -> float:
         y, pull_back = jax.vjp(layer, x, params)
         return y, pull_back(y)
 
-    errors = jax.tree.map(
-        lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(),
-        results(x, params, "fused"),
-        results(x, params, "dense"),
-    )
+    # On GPUs XLA rounds float32 to TF32 unless it is told not to.
+    with jax.default_matmul_precision("highest"):
+        errors = jax.tree.map(
+            lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(),
+            results(x, params, "fused"),
+            results(x, params, "dense"),
+        )
     return float(jnp.stack(jax.tree.leaves(errors)).max())
 
 
@@ -163,6 +169,67 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cuda() -> dict[str, Any]:
+    """What there is of CUDA, whichever platform JAX computes on."""
+    found: dict[str, Any] = {
+        "driver": _nvidia_driver(),
+        "extension": None,
+        "versions": None,
+        "gpus": [],
+        "nvshmem": None,
+        "nvshmem_built_for": None,
+        "several_gpus": None,
+    }
+    try:
+        module = _ffi.cuda_extension()
+    except ImportError as problem:
+        return {**found, "extension": f"could not be loaded ({problem})"}
+    found["extension"] = "loaded"
+    found["nvshmem_built_for"] = ".".join(map(str, module.NVSHMEM_BUILT_FOR))
+    found["several_gpus"] = _ffi.why_not_several_gpus() or "possible"
+    try:
+        found["nvshmem"] = ".".join(map(str, _ffi.load_nvshmem()))
+    except RuntimeError as problem:
+        found["nvshmem"] = str(problem)
+    try:
+        found["versions"] = module.versions()
+        found["gpus"] = [_gpu(module, ordinal) for ordinal in range(module.gpu_count())]
+    except RuntimeError as problem:
+        found["versions"] = {"error": str(problem)}
+    return found
+
+
+def _gpu(module: Any, ordinal: int) -> dict[str, Any]:
+    free, total = module.free_and_total_memory(ordinal)
+    return {
+        **module.gpu(ordinal),
+        "memory_bytes": total,
+        "free_bytes": free,
+        "reserved_bytes": module.reserved_bytes(ordinal),
+    }
+
+
+def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
+    values = {
+        "driver": cuda["driver"] or "none",
+        "kernel": cuda["extension"],
+        **{f"CUDA {name}": version for name, version in (cuda["versions"] or {}).items()},
+    }
+    for gpu in cuda["gpus"]:
+        gib = {name: gpu[f"{name}_bytes"] / 2**30 for name in ("memory", "free", "reserved")}
+        peers = _text(gpu["peers"]) or "none"
+        values[f"GPU {gpu['ordinal']}"] = (
+            f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+            f"{gpu['multiprocessors']} multiprocessors, {gib['free']:.1f} of {gib['memory']:.1f} "
+            f"GiB free, {gib['reserved']:.1f} reserved for calls, peer access to: {peers}"
+        )
+    if cuda["nvshmem_built_for"] is not None:
+        values["NVSHMEM"] = cuda["nvshmem"]
+        values["NVSHMEM built for"] = cuda["nvshmem_built_for"]
+        values["calls over several GPUs"] = cuda["several_gpus"]
+    return [f"  {name:28}{value}" for name, value in values.items()]
 
 
 def _nvidia_driver() -> str | None:

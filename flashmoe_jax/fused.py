@@ -1,4 +1,4 @@
-"""`implementation="fused"`: the XLA FFI custom call, and its derivative.
+"""`implementation="fused"` on CPU: the XLA FFI custom call, and its derivative.
 
 Forward returns what backward needs as ordinary values, so that `jit`, `jax.checkpoint`, `scan` and
 donation treat it like any other operation. Backward routes, plans and dispatches again with the
@@ -17,11 +17,9 @@ from jax import lax
 
 from flashmoe_jax import _ffi
 from flashmoe_jax.config import deadline_seconds
+from flashmoe_jax.custom_call import ACTIVATIONS, custom_call, or_empty, result, vary_as, varying
 from flashmoe_jax.local_call import LocalCall
 from flashmoe_jax.params import MoEParams
-
-# In the order of the C++ enum Activation (kernels/cpu/activation.h).
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 # Residuals hold rows that nobody wrote. As integers they pass jax_debug_nans.
 _BITS = {2: jnp.uint16, 4: jnp.uint32}
@@ -78,7 +76,7 @@ def fused_local(
     statics = _Statics(
         num_pes=call.num_pes,
         num_experts=config.num_experts,
-        activation=_ACTIVATIONS.index(config.activation),
+        activation=ACTIVATIONS.index(config.activation),
         capacity=-1 if call.capacity is None else call.capacity,
         max_rows=call.max_rows,
         deadline_seconds=deadline_seconds(config),
@@ -86,7 +84,6 @@ def fused_local(
         save_rows=config.save_rows,
         save_preactivations=config.save_preactivations,
     )
-    absent = _empty(x, x.dtype)
     experts = (
         params.gate,
         params.up,
@@ -95,7 +92,7 @@ def fused_local(
         params.up_bias,
         params.down_bias,
     )
-    operands = [absent if part is None else part for part in experts]
+    operands = [or_empty(part, x, x.dtype) for part in experts]
     y, dropped = _experts(statics, _coordinates(x, call), x, indices, weights, *operands)
     return y, dropped[0]
 
@@ -132,22 +129,9 @@ def check_heap(call: LocalCall, tokens: int, dtype: Any) -> None:
         raise ValueError(
             f"the symmetric heaps and residuals of one call would take up to {total / 2**30:.1f} "
             f"GiB ({per_pe / 2**30:.1f} GiB for each PE, whose receive buffer has {rows} rows), "
-            f"but this machine has {memory / 2**30:.1f} GiB. {_how_to_bound(call, tokens)}"
+            f"but this machine has {memory / 2**30:.1f} GiB. {call.how_to_bound(tokens)}"
         )
-    if max(rows, tokens * config.experts_per_token * call.num_pes) >= 2**31:
-        raise ValueError(
-            f"one call may move fewer than 2**31 rows; this one has {tokens} tokens on each of "
-            f"{call.num_pes} PEs, {config.experts_per_token} slots each, and receive buffers of "
-            f"{rows} rows. {_how_to_bound(call, tokens)}"
-        )
-
-
-def _how_to_bound(call: LocalCall, tokens: int) -> str:
-    return (
-        f"Set MoEConfig.max_received_rows (now {call.config.max_received_rows}; the call could "
-        f"bring one PE {call.max_rows} rows, and {tokens * call.config.experts_per_token} when the "
-        "experts are in balance), or pass fewer tokens at once"
-    )
+    call.check_rows(tokens, rows)
 
 
 def recv_rows(call: LocalCall, tokens: int) -> int:
@@ -156,22 +140,6 @@ def recv_rows(call: LocalCall, tokens: int) -> int:
     return _ffi.extension().recv_rows(
         call.num_pes, tokens, config.num_experts, config.experts_per_token, call.max_rows
     )
-
-
-def _empty(like: jax.Array, dtype: Any) -> jax.Array:
-    """The operand that stands for a part that this call does not have."""
-    return _vary_as(jnp.zeros((0,), dtype), like)
-
-
-def _varying(value: jax.Array) -> frozenset[str]:
-    """The mesh axes over which a value varies; empty with check_vma off."""
-    return jax.typeof(value).manual_axis_type.varying
-
-
-def _vary_as(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, varying over the axes that `like` varies over: operands must be alike in that."""
-    missing = _varying(like) - _varying(value)
-    return lax.pcast(value, tuple(missing), to="varying") if missing else value
 
 
 def _coordinates(x: jax.Array, call: LocalCall) -> jax.Array:
@@ -183,18 +151,13 @@ def _coordinates(x: jax.Array, call: LocalCall) -> jax.Array:
     if call.axis is None:
         return jnp.zeros((2,), jnp.int32)
     rank = lax.axis_index(call.axis)
-    axes = _varying(x)
-    if not _varying(rank):  # check_vma is off: anything may vary
+    axes = varying(x)
+    if not varying(rank):  # check_vma is off: anything may vary
         axes = frozenset(jax.sharding.get_abstract_mesh().axis_names)
     others = tuple(sorted(axes - {call.axis}))
     group = lax.axis_index(others) if others else jnp.int32(0)
-    coordinates = [_vary_as(jnp.asarray(i, jnp.int32), x) for i in (group, rank)]
+    coordinates = [vary_as(jnp.asarray(i, jnp.int32), x) for i in (group, rank)]
     return jnp.stack(coordinates)
-
-
-def _result(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """The type of a result, which varies over the mesh axes that `like` varies over."""
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
 
 
 def _forward_call(statics: _Statics, save: bool, *operands: jax.Array) -> list[jax.Array]:
@@ -207,44 +170,23 @@ def _forward_call(statics: _Statics, save: bool, *operands: jax.Array) -> list[j
     intermediate = up.shape[2]
 
     def kept(width: int, wanted: bool) -> Any:
-        return _result(x, (rows, width) if save and wanted else (0,), bits)
+        return result(x, (rows, width) if save and wanted else (0,), bits)
 
     results = [
-        _result(x, x.shape, x.dtype),
-        _result(x, (1,), jnp.int32),
+        result(x, x.shape, x.dtype),
+        result(x, (1,), jnp.int32),
         kept(x.shape[1], statics.save_rows),
         kept(intermediate, statics.save_preactivations and gate.ndim == 3),
         kept(intermediate, statics.save_preactivations),
     ]
-    return _ffi_call("flashmoe_forward", results, statics, operands)
+    return custom_call("flashmoe_forward", results, statics.attributes(), operands)
 
 
 def _backward_call(statics: _Statics, *operands: jax.Array) -> list[jax.Array]:
     """Gradients of x, the slot weights, and the parameters."""
     _, x, _, weights, *params = operands[:10]
-    results = [_result(x, like.shape, like.dtype) for like in (x, weights, *params)]
-    return _ffi_call("flashmoe_backward", results, statics, operands)
-
-
-def _ffi_call(
-    target: str,
-    results: list[Any],
-    statics: _Statics,
-    operands: tuple[jax.Array, ...],
-) -> list[jax.Array]:
-    @jax.custom_batching.custom_vmap
-    def call(*operands: jax.Array) -> list[jax.Array]:
-        return list(jax.ffi.ffi_call(target, results)(*operands, **statics.attributes()))
-
-    @call.def_vmap
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            "vmap over flashmoe_jax.moe with implementation='fused': one call is one exchange "
-            "between all PEs and cannot be batched. Put the batch into the leading dimensions of x "
-            "([..., H] is allowed), loop with jax.lax.map, or use implementation='xla'"
-        )
-
-    return call(*operands)
+    results = [result(x, like.shape, like.dtype) for like in (x, weights, *params)]
+    return custom_call("flashmoe_backward", results, statics.attributes(), operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -35,6 +35,32 @@ class LocalCall:
         """Whether any row of this call could be dropped."""
         return self.capacity is not None or self.config.max_received_rows is not None
 
+    def check_rows(self, tokens: int, recv_rows: int) -> None:
+        """Checks that rows can be counted in int32.
+
+        Args:
+            tokens: T, of one PE.
+            recv_rows: R, rows of the receive buffer of a PE.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        slots = self.config.experts_per_token
+        if max(recv_rows, tokens * slots * self.num_pes) >= 2**31:
+            raise ValueError(
+                f"one call may move fewer than 2**31 rows; this one has {tokens} tokens on each of "
+                f"{self.num_pes} PEs, {slots} slots each, and receive buffers of {recv_rows} rows. "
+                f"{self.how_to_bound(tokens)}"
+            )
+
+    def how_to_bound(self, tokens: int) -> str:
+        """Advice for a call of `tokens` on each PE that needs too much memory."""
+        return (
+            f"Set MoEConfig.max_received_rows (now {self.config.max_received_rows}; the call could "
+            f"bring one PE {self.max_rows} rows, and {tokens * self.config.experts_per_token} when "
+            "the experts are in balance), or pass fewer tokens at once"
+        )
+
 
 def local_call(
     config: MoEConfig,

@@ -81,8 +81,12 @@ def route_from(
     key: jax.Array | None,
     mask: jax.Array | None,
     first_token: int | jax.Array,
+    indices: jax.Array | None = None,
 ) -> Routing:
-    """`route`, where x starts at token `first_token` of the batch that the jitter is drawn for."""
+    """`route`, where x starts at token `first_token` of the batch that the jitter is drawn for.
+
+    With `indices`, [..., K], the experts have been chosen, and only their weights are computed.
+    """
     router = config.router
     dtype = accumulation_dtype(x.dtype)
     x = x.astype(dtype)
@@ -91,7 +95,8 @@ def route_from(
     # The choice is discontinuous in the logits: no reduced-precision product here.
     logits = jnp.matmul(x, params.router.astype(dtype), precision=lax.Precision.HIGHEST)
     scores = jax.nn.softmax(logits) if router.score == "softmax" else jax.nn.sigmoid(logits)
-    indices = _choose(lax.stop_gradient(scores), params.selection_bias, config)
+    if indices is None:
+        indices = _choose(lax.stop_gradient(scores), params.selection_bias, config)
     weights = jnp.take_along_axis(scores, indices, axis=-1)
     if router.renormalize:
         weights = weights / (weights.sum(-1, keepdims=True) + _RENORMALIZE_EPSILON)

@@ -1,24 +1,29 @@
 """CMake and Bazel describe the same build."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from flashmoe_jax._compat import OLDEST_JAX
+
 ROOT = Path(__file__).resolve().parent.parent
 _CMAKE = {
     "kernels": ROOT / "kernels" / "CMakeLists.txt",
+    "kernels/emulator": ROOT / "kernels" / "emulator" / "CMakeLists.txt",
+    "tests/emulator": ROOT / "tests" / "emulator" / "CMakeLists.txt",
     "kernels/cpu/simd": ROOT / "kernels" / "cpu" / "simd" / "CMakeLists.txt",
     "tests/native": ROOT / "CMakeLists.txt",
 }
 
 
 def cmake_sources(text: str) -> set[str]:
-    return set(re.findall(r"[\w/]+\.cc\b", re.sub(r"#.*", "", text)))
+    return set(re.findall(r"[\w/]+\.(?:cc|cu)\b", re.sub(r"#.*", "", text)))
 
 
 def bazel_sources(text: str) -> set[str]:
-    return set(re.findall(r'"([\w/]+\.cc)"', re.sub(r"#.*", "", text)))
+    return set(re.findall(r'"([\w/]+\.(?:cc|cu))"', re.sub(r"#.*", "", text)))
 
 
 def flags(text: str, pattern: str) -> dict[str, list[str]]:
@@ -68,6 +73,41 @@ def test_the_same_options_of_the_instruction_sets() -> None:
     bazel |= flags_of_levels(bazel_text, bazel)
     assert bazel == cmake
     assert set(cmake) == {"avx2", "avx512", "avx512_bf16", "amx"}
+
+
+def test_the_same_architecture_of_each_kernel_source() -> None:
+    cmake = re.findall(
+        r"flashmoe_cuda_object\((\S+) (\w+)\)", (ROOT / "kernels" / "CMakeLists.txt").read_text()
+    )
+    bazel = re.findall(
+        r'src = "(\S+\.cu)",[^)]*architecture = "(\w+)"',
+        re.sub(r"glob\(.*?\)", "", (ROOT / "kernels" / "BUILD.bazel").read_text(), flags=re.DOTALL),
+    )
+    assert bazel == cmake
+    assert {architecture for _, architecture in cmake} == {"80", "90a"}
+
+
+def test_the_same_options_of_nvcc() -> None:
+    cmake_text = (ROOT / "cmake" / "cuda.cmake").read_text()
+    bazel_text = (ROOT / "bazel" / "cuda.bzl").read_text()
+    (cmake,) = re.findall(r"set\(flags (.*?)-gencode", cmake_text, re.DOTALL)
+    (bazel,) = re.findall(r"NVCC_OPTS = \[(.*?)\]", bazel_text, re.DOTALL)
+    assert re.findall(r'[^\s",]+', bazel) == re.findall(r'[^\s",]+', cmake)
+    assert "-lineinfo" in cmake
+
+
+def test_the_oldest_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    requirements = project["project"]["optional-dependencies"]["cuda13"]
+    header = (ROOT / "kernels" / "cuda" / "nvshmem.h").read_text()
+    (nvshmem,) = re.findall(r"kNvshmemBuiltFor\{(\d+), (\d+), (\d+)\}", header)
+    assert f"nvidia-nvshmem-cu13>={'.'.join(nvshmem)}" in requirements
+
+    jax = ".".join(map(str, OLDEST_JAX))
+    assert f"jax>={jax}" in project["project"]["dependencies"]
+    assert f"jax[cuda13]>={jax}" in requirements
+    assert f"jaxlib=={jax}" in project["build-system"]["requires"]
+    assert f"(flashmoe_oldest_jaxlib {jax})" in (ROOT / "cmake" / "xla_ffi.cmake").read_text()
 
 
 def flags_of_levels(text: str, known: dict[str, list[str]]) -> dict[str, list[str]]:

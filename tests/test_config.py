@@ -172,16 +172,16 @@ def test_partition_specs_shard_the_experts_alone() -> None:
 
 
 def test_old_jax_is_refused() -> None:
-    with pytest.raises(ImportError, match=r"needs jax >= 0.10.0, but jax 0.9.2 is installed"):
+    with pytest.raises(ImportError, match=r"needs jax >= 0.10.1, but jax 0.9.2 is installed"):
         check_jax_version("0.9.2")
 
 
 def test_new_jax_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"tested with jax 0.10.0 to 0.12, but jax 0.13.0"):
+    with pytest.warns(UserWarning, match=r"tested with jax 0.10.1 to 0.12, but jax 0.13.0"):
         check_jax_version("0.13.0")
 
 
-@pytest.mark.parametrize("version", ["0.10.0", "0.12.9", "0.12.0.1", "0.11.0.dev20260101"])
+@pytest.mark.parametrize("version", ["0.10.1", "0.12.9", "0.12.0.1", "0.11.0.dev20260101"])
 def test_supported_jax_is_silent(version: str, recwarn: pytest.WarningsRecorder) -> None:
     check_jax_version(version)
     assert not recwarn.list

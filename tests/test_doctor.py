@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -93,6 +94,87 @@ def test_a_kernel_that_computes_something_else(
     report = doctor.examine()
     assert report.verdict == "broken"
     assert "off by" in report.reasons[0]
+
+
+GPU = {
+    "ordinal": 0,
+    "name": "NVIDIA Test",
+    "compute_capability": "9.0",
+    "multiprocessors": 132,
+    "peers": [1, 3],
+}
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The CUDA extension of a machine with one GPU and a fitting NVSHMEM."""
+    extension = SimpleNamespace(
+        NVSHMEM_BUILT_FOR=(3, 3, 24),
+        versions=lambda: {"built with": "13.0", "of the driver": "13.1"},
+        gpu_count=lambda: 1,
+        gpu=lambda ordinal: GPU,
+        free_and_total_memory=lambda ordinal: (3 * 2**30, 4 * 2**30),
+        reserved_bytes=lambda ordinal: 2**29,
+        load_nvshmem=lambda path: (3, 8, 0),
+    )
+    monkeypatch.setattr(_ffi, "_cuda_extension", lambda: extension)
+    monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: None)
+    return extension
+
+
+def cuda_lines() -> list[str]:
+    lines = str(doctor.examine()).splitlines()
+    return lines[lines.index("CUDA") + 1 :]
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_gpu() -> None:
+    report = doctor.examine()
+    assert report.cuda["gpus"] == [
+        {**GPU, "memory_bytes": 4 * 2**30, "free_bytes": 3 * 2**30, "reserved_bytes": 2**29}
+    ]
+    found = dict(line.strip().split("  ", maxsplit=1) for line in cuda_lines())
+    found = {name: value.strip() for name, value in found.items()}
+    assert found["kernel"] == "loaded"
+    assert found["CUDA of the driver"] == "13.1"
+    assert found["GPU 0"] == (
+        "NVIDIA Test, compute capability 9.0, 132 multiprocessors, 3.0 of 4.0 GiB free, 0.5 "
+        "reserved for calls, peer access to: 1, 3"
+    )
+    assert found["NVSHMEM"] == "3.8.0"
+    assert found["NVSHMEM built for"] == "3.3.24"
+    assert found["calls over several GPUs"] == "possible"
+
+
+def test_a_cuda_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "_cuda_extension", lambda: ImportError("libcudart is missing"))
+    report = doctor.examine()
+    assert report.verdict == "fused runs", "JAX computes on CPU here"
+    assert report.cuda["extension"] == "could not be loaded (libcudart is missing)"
+    assert report.cuda["gpus"] == []
+    assert any("could not be loaded (libcudart is missing)" in line for line in cuda_lines())
+
+
+def test_a_cuda_extension_that_the_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "_cuda_extension", lambda: ImportError("libcudart is missing"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    report = doctor.examine()
+    assert report.verdict == "another implementation runs"
+    assert "libcudart is missing" in report.reasons[0]
+
+
+def test_a_driver_and_an_nvshmem_that_do_not_fit(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(message: str) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cuda, "gpu_count", lambda: refuse("the driver is too old"))
+    monkeypatch.setattr(cuda, "load_nvshmem", lambda path: refuse("NVSHMEM 3.1.0 was found"))
+    report = doctor.examine()
+    assert report.cuda["versions"] == {"error": "the driver is too old"}
+    assert report.cuda["nvshmem"] == "NVSHMEM 3.1.0 was found"
+    json.dumps(report.cuda)
 
 
 def test_unknown_command() -> None:

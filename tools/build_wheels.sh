@@ -6,6 +6,7 @@
 # usage: tools/build_wheels.sh [FOLDER]       (default: dist)
 # environment: PYTHON  build one wheel only, with this interpreter
 #              CXX     the C++20 compiler (default: the first that works)
+#              FLASHMOE_CUDA  1: with the CUDA module, for which a toolchain comes from PyPI
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -18,6 +19,14 @@ trap 'rm -rf "$work"' EXIT
 CXX=$(tools/find_compiler.sh)
 export CXX
 say() { echo "==> $*"; }
+
+modules=_ext
+if [ "${FLASHMOE_CUDA:-}" = 1 ]; then
+  modules='_ext _cuda'
+else
+  # What is in a wheel must not depend on whether this machine has an nvcc.
+  export SKBUILD_CMAKE_DEFINE=FLASHMOE_CUDA=OFF
+fi
 
 if [ -n "${PYTHON:-}" ]; then
   pythons=$PYTHON
@@ -49,7 +58,7 @@ for python in $pythons; do
   # needs is the C++ runtime, which every Linux has.
   auditwheel repair --wheel-dir "$work/repaired-$version" "$work/$version"/*.whl
   wheel=$(echo "$work/repaired-$version"/*.whl)
-  "$tools/bin/python" "$root/tools/check_wheel.py" "$wheel" "$version"
+  "$tools/bin/python" "$root/tools/check_wheel.py" "$wheel" "$version" $modules
 
   say "Python $version: twine"
   twine check --strict "$wheel" "$work/$version"/*.tar.gz

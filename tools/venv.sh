@@ -6,6 +6,8 @@
 # environment: PYTHON  the interpreter (default: the newest usable one)
 #              CXX     the C++20 compiler (default: the first that works)
 #              WERROR  1: compiler warnings are errors
+#              LOWEST  1: the lowest versions that pyproject.toml allows, instead of the newest
+#              FLASHMOE_CUDA  1: with the CUDA module, for which a toolchain comes from PyPI
 set -eu
 
 venv=$1
@@ -17,7 +19,7 @@ say() { echo "==> $*"; }
 key=$({
   pwd
   cat pyproject.toml Makefile tools/*.sh tools/*.py
-  echo "${WERROR:-}"
+  echo "${WERROR:-} ${LOWEST:-} ${FLASHMOE_CUDA:-}"
 } | cksum)
 identify='import sys; print(sys.version)'
 python=''
@@ -55,12 +57,30 @@ headers=$("$venv/bin/python" tools/fetch_ffi_headers.py)
 say "3/4 JAX, Flax and the development tools, then the C++ with $CXX (a minute or two)"
 werror=OFF
 if [ "${WERROR:-}" = 1 ]; then werror=ON; fi
+: >"$venv/constraints.txt"
+if [ "${LOWEST:-}" = 1 ]; then
+  "$venv/bin/python" tools/lowest_versions.py >"$venv/constraints.txt"
+fi
+# Without being asked, kernels that nothing here could run are not compiled. Said either way, so
+# that a build folder does not keep what an earlier run asked for.
+toolchain=''
+if [ "${FLASHMOE_CUDA:-}" = 1 ]; then
+  cuda=ON
+  toolchain=$("$venv/bin/python" tools/cuda_toolchain.py)
+elif [ -e /dev/nvidiactl ]; then
+  cuda=AUTO
+else
+  cuda=OFF
+fi
 # Without build isolation, since the import hook that rebuilds the C++ needs the build tools later.
 pip install --no-build-isolation \
   --config-settings=build-dir="build/$(basename "$venv")" \
   --config-settings=editable.rebuild=true \
   --config-settings=cmake.define.FLASHMOE_FFI_INCLUDE_DIR="$headers" \
   --config-settings=cmake.define.FLASHMOE_WERROR="$werror" \
+  --config-settings=cmake.define.FLASHMOE_CUDA="$cuda" \
+  --config-settings=cmake.define.FLASHMOE_CUDA_TOOLCHAIN="$toolchain" \
+  --constraint "$venv/constraints.txt" \
   --editable '.[flax,examples,bench,docs,dev]'
 
 say "4/4 Checking that it imports"

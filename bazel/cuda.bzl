@@ -1,0 +1,56 @@
+"""Targets of the CUDA module; they exist where its toolchain does.
+
+cmake/cuda.cmake has the reasons of the options.
+"""
+
+load("@cuda_environment//:defs.bzl", "CUDA")
+load("@rules_cc//cc:defs.bzl", "cc_binary", "cc_library")
+
+NVCC_OPTS = [
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "-Xptxas -v",
+    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
+]
+
+def cuda_object(name, src, hdrs, architecture):
+    """A library of one source, compiled for one architecture.
+
+    Args:
+        name: Of the library.
+        src: The source.
+        hdrs: Every header that it may include.
+        architecture: Such as "90a".
+    """
+    if not CUDA:
+        return
+    native.genrule(
+        name = name + "_object",
+        srcs = [src] + hdrs,
+        outs = [name + ".cu.o"],
+        cmd = " ".join(
+            ["$(location @cuda_environment//:nvcc.sh) -ccbin $(CC)"] + NVCC_OPTS + [
+                "-gencode arch=compute_%s,code=sm_%s" % (architecture, architecture),
+                "-I. -c $(location %s) -o $@" % src,
+            ],
+        ),
+        toolchains = ["@bazel_tools//tools/cpp:current_cc_toolchain"],
+        tools = [
+            "@cuda_environment//:files",
+            "@cuda_environment//:nvcc.sh",
+        ],
+    )
+    cc_library(
+        name = name,
+        srcs = [name + ".cu.o"],
+    )
+
+def cuda_binary(**attributes):
+    """A cc_binary.
+
+    Args:
+        **attributes: Of the cc_binary.
+    """
+    if CUDA:
+        cc_binary(**attributes)

@@ -1,0 +1,227 @@
+"""The check of the CUDA kernels' machine code finds what it is there for."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools_on_path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checker() -> ModuleType:
+    import check_machine_code
+
+    return check_machine_code
+
+
+@dataclass
+class Fake:
+    """A kernel as cuobjdump and ptxas would print it."""
+
+    architecture: str
+    code: str  # instructions, one a line; "name:" is a place to branch to
+    resources: dict[str, int] = field(default_factory=dict)
+    spilled: int = 0
+    step: int = 16
+    name: str = "moe"
+
+    def sass(self) -> str:
+        lines = [line.strip() for line in self.code.strip().splitlines()]
+        places, instructions = {}, []
+        for line in lines:
+            if line.endswith(":"):
+                places[line[:-1]] = f"{len(instructions) * self.step:#x}"
+            else:
+                instructions.append(line)
+        text = [f"arch = {self.architecture}", f"\tcode for {self.architecture}"]
+        text += [f"\t\tFunction : {self.name}"]
+        for i, line in enumerate(instructions):
+            words = [places.get(word, word) for word in line.split()]
+            text.append(f"        /*{i * self.step:04x}*/    {' '.join(words)} ;   /* 0x0000 */")
+            text.append("                                       /* 0x000fe20003820000 */")
+        return "\n".join(text)
+
+    def usage(self) -> str:
+        found = {"REG": 96, "STACK": 0, "SHARED": 1024, "LOCAL": 0} | self.resources
+        listed = " ".join(f"{key}:{value}" for key, value in found.items())
+        return f"arch = {self.architecture}\n Function {self.name}:\n  {listed} CONSTANT[0]:548\n"
+
+    def log(self) -> str:
+        return (
+            f"ptxas info    : Compiling entry function '{self.name}' for '{self.architecture}'\n"
+            f"ptxas info    : Function properties for {self.name}\n"
+            f"    0 bytes stack frame, {self.spilled} bytes spill stores, 0 bytes spill loads\n"
+        )
+
+
+# A loop over tiles around one over the depth, whose wait is tried again behind the kernel.
+SM90 = """
+    S2R R0, SR_TID.X
+    tile:
+    @!UP1 UTMALDG.2D [UR8], [UR12]
+    depth:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R2
+    @!P1 BRA again
+    ready:
+    HGMMA.64x8x16.F32.BF16 R24, gdesc[UR4], R24, gsb0
+    @P0 BRA depth
+    STG.E.64 [R2.64], R24
+    @P2 BRA tile
+    EXIT
+    again:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R2
+    @!P1 BRA again
+    BRA ready
+    end:
+    BRA end
+"""
+SM80 = """
+    depth:
+    LDGSTS.E.BYPASS.128 [R21], [R6.64]
+    HMMA.16816.F32.BF16 R16, R8, R4, R16
+    @P0 BRA depth
+    EXIT
+"""
+
+
+def found(checker: ModuleType, *fakes: Fake, log: str | None = None) -> list[str]:
+    import machine_code
+
+    kernels = machine_code.parse(
+        "\n".join(fake.sass() for fake in fakes), "\n".join(fake.usage() for fake in fakes)
+    )
+    text = "".join(fake.log() for fake in fakes) if log is None else log
+    warnings = machine_code.read_log(text, kernels)
+    return checker.check(kernels, warnings, logged=True)
+
+
+def test_kernels_as_they_should_be(checker: ModuleType) -> None:
+    assert found(checker, Fake("sm_90a", SM90), Fake("sm_80", SM80)) == []
+
+
+SPILL = "STL [R1], R24"
+AFTER_READY = "ready:\n"
+BEHIND = "again:\n"
+
+
+@pytest.mark.parametrize(
+    ("fake", "complaint"),
+    [
+        (Fake("sm_90a", SM90.replace("HGMMA.64x8x16", "HMMA.16816")), "no HGMMA"),
+        (Fake("sm_90a", SM90.replace("UTMALDG.2D", "LDG.E")), "no UTMALDG"),
+        (Fake("sm_80", SM80.replace("HMMA.16816", "FFMA")), "no HMMA"),
+        (Fake("sm_80", SM80.replace("LDGSTS", "LDG")), "no LDGSTS"),
+        (Fake("sm_80", SM80.replace("@P0 BRA depth", "")), "no loop around HMMA"),
+        (Fake("sm_80", SM80.replace("@P0 BRA depth", "BRA done\ndone:")), "no loop around HMMA"),
+        (
+            Fake("sm_90a", SM90.replace(AFTER_READY, f"{AFTER_READY}{SPILL}\n")),
+            "1 accesses to local memory in its main loop at 0x20, allowed are 0",
+        ),
+        (
+            Fake("sm_90a", SM90.replace(BEHIND, f"{BEHIND}LDL.64 R24, [R1]\n{SPILL}\n")),
+            "2 accesses to local memory in its main loop at 0x20",
+        ),
+        (Fake("sm_90a", SM90, {"STACK": 32}), "32 bytes of stack, allowed are 0"),
+        (Fake("sm_90a", SM90, {"LOCAL": 8}), "8 bytes of stack, allowed are 0"),
+        (Fake("sm_90a", SM90, spilled=40), "40 bytes of spills, allowed are 0"),
+        (Fake("sm_90a", SM90, {"REG": 169}), "169 registers, allowed are 168: 384 threads"),
+        (Fake("sm_80", SM80, {"REG": 129}), "129 registers, allowed are 128: 512 threads"),
+        (Fake("sm_90a", SM90, {"SHARED": 4096}), "4096 bytes of static shared memory"),
+        (Fake("sm_75", SM80), "allowed architectures are sm_80, sm_90a"),
+    ],
+)
+def test_a_kernel_with_a_fault(checker: ModuleType, fake: Fake, complaint: str) -> None:
+    good = [Fake("sm_90a", SM90, name="good"), Fake("sm_80", SM80, name="good")]
+    lines = found(checker, *good, fake)
+    assert any(complaint in line for line in lines), lines
+    assert all("moe" in line for line in lines), "a complaint about a good kernel"
+
+
+def test_limits_are_inclusive(checker: ModuleType) -> None:
+    full = {"REG": 168, "SHARED": 2048}
+    half = {"REG": 128, "SHARED": 1024}
+    assert found(checker, Fake("sm_90a", SM90, full), Fake("sm_80", SM80, half)) == []
+
+
+def test_local_memory_outside_the_main_loops_is_no_fault_of_theirs(checker: ModuleType) -> None:
+    code = SM90.replace("STG.E.64 [R2.64], R24", SPILL)
+    assert found(checker, Fake("sm_90a", code), Fake("sm_80", SM80)) == []
+
+
+def test_a_missing_architecture(checker: ModuleType) -> None:
+    assert found(checker, Fake("sm_80", SM80)) == [
+        "no kernel for sm_90a: check the architectures in cmake/cuda.cmake"
+    ]
+
+
+def test_a_warning_of_ptxas(checker: ModuleType) -> None:
+    fakes = [Fake("sm_90a", SM90), Fake("sm_80", SM80)]
+    serialized = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources in function 'moe'\n"
+    )
+    log = "".join(fake.log() for fake in fakes)
+    (line,) = found(checker, *fakes, log=serialized + log)
+    assert "C7510" in line
+    assert found(checker, *fakes, log=log) == []
+
+
+def test_the_log_of_another_build(checker: ModuleType) -> None:
+    fakes = [Fake("sm_90a", SM90), Fake("sm_80", SM80)]
+    (line,) = found(checker, *fakes, log=fakes[0].log())
+    assert line.startswith("sm_80 moe: is not in the logs")
+
+
+def test_main_loops() -> None:
+    import machine_code
+
+    (kernel,) = machine_code.parse(Fake("sm_90a", SM90).sass(), Fake("sm_90a", SM90).usage())
+    (loop,) = machine_code.main_loops(kernel, "HGMMA")
+    # The loop over the depth, with the second try of its wait, and not the one over tiles.
+    assert [i.address // 16 for i in loop] == [2, 3, 4, 5, 9, 10, 11]
+
+
+def test_a_branch_on_a_uniform_predicate_may_fall_through() -> None:
+    import machine_code
+
+    code = SM80.replace("@P0 BRA depth", "BRA.U UP0, depth")
+    (kernel,) = machine_code.parse(Fake("sm_80", code).sass(), "")
+    (loop,) = machine_code.main_loops(kernel, "HMMA")
+    assert len(loop) == 3
+    code = code.replace("LDGSTS.E.BYPASS.128 [R21], [R6.64]", "BRA.U UP1, out")
+    (kernel,) = machine_code.parse(Fake("sm_80", code.replace("EXIT", "out:\nEXIT")).sass(), "")
+    (loop,) = machine_code.main_loops(kernel, "HMMA")
+    assert len(loop) == 3
+
+
+def test_the_table_names_every_kernel(checker: ModuleType) -> None:
+    import machine_code
+
+    fakes = [Fake("sm_90a", SM90, {"REG": 77}, name="one"), Fake("sm_80", SM80, name="two")]
+    kernels = machine_code.parse(
+        "\n".join(fake.sass() for fake in fakes), "\n".join(fake.usage() for fake in fakes)
+    )
+    head, one, two = checker.table(kernels).splitlines()
+    assert head.split()[:3] == ["arch", "regs", "stack"]
+    assert one.split()[:4] == ["sm_90a", "77", "0", "?"]
+    assert one.endswith("one")
+    assert "1 HMMA   1 LDGSTS" in two
+
+
+def test_the_command_fails_without_a_file() -> None:
+    command = [sys.executable, str(TOOLS / "check_machine_code.py")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "FILE" in process.stderr.upper()
