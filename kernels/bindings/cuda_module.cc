@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "kernels/cuda/arguments.h"
-#include "kernels/cuda/configuration.h"
 #include "kernels/cuda/failure.h"
 #include "kernels/cuda/ffi_handlers.h"
+#include "kernels/cuda/gpu.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/cuda/nvshmem.h"
 #include "kernels/cuda/runtime.h"

@@ -1,7 +1,8 @@
-// Which kernel computes a call, on how many CTAs, and the memory that it takes there.
+// Which kernel computes a call, and the memory that it takes. Without CUDA: gpu.h asks a GPU.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/core/heap_layout.h"
 #include "kernels/core/shape.h"
@@ -16,15 +17,6 @@ inline constexpr int32_t kExpertLimit = 512;
 inline constexpr int32_t kExpertsPerTokenLimit = 16;
 // Tensor maps and vector accesses want rows of whole 16-byte pieces.
 inline constexpr int32_t kRowAlignment = 16;
-
-struct Gpu {
-  int32_t ordinal;
-  int32_t major, minor;  // compute capability
-  int32_t multiprocessors;
-};
-
-// Of the CUDA device, by its ordinal.
-Gpu gpu_properties(int32_t ordinal);
 
 // The sizes of a call, before anything is chosen.
 struct CallSizes {
@@ -54,12 +46,11 @@ struct Configuration {
   int64_t bytes() const { return heap.bytes + workspace.bytes; }
 };
 
-// For a GPU that runs `pes_per_gpu` of the PEs. Throws std::invalid_argument for sizes that the
-// kernel does not take and for a GPU that none was compiled for.
-Configuration configure(const CallSizes& sizes, const Gpu& gpu, int32_t pes_per_gpu);
+// The kernel for a call, of those that there are for its GPU: the one with the row blocks that suit
+// the call if there is one. Null: none has its element type.
+const KernelVariant* find_variant(std::span<const KernelVariant> variants, const CallSizes& sizes);
 
-// Loads the kernel and lets it use its shared memory, so that no launch has to: loading waits for
-// the GPU, which a running peer may never leave. Throws if a CTA does not fit on a multiprocessor.
-void load(const KernelVariant& variant, const Gpu& gpu);
+// Throws std::invalid_argument for sizes that the kernel does not take.
+Configuration configure(const CallSizes& sizes, const KernelVariant& variant, int32_t ctas);
 
 }  // namespace flashmoe::cuda

@@ -1,5 +1,6 @@
 #include "kernels/cuda/tensor_maps.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -43,7 +44,7 @@ CUtensorMapDataType data_type(core::DType dtype) {
 
 }  // namespace
 
-CUtensorMap tensor_map(const TiledTensor& tensor) {
+device::TensorMap encode_tensor_map(const TiledTensor& tensor) {
   const cuuint64_t element = tensor.dtype == core::DType::kFloat32 ? 4 : 2;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(tensor.columns),
                               static_cast<cuuint64_t>(tensor.rows),
@@ -63,7 +64,7 @@ CUtensorMap tensor_map(const TiledTensor& tensor) {
                              "][" + std::to_string(tensor.columns) + "] with error " +
                              std::to_string(result));
   }
-  return map;
+  return device::TensorMap::from(map);
 }
 
 }  // namespace flashmoe::cuda

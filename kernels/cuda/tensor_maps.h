@@ -2,22 +2,12 @@
 // cuTensorMapEncodeTiled), as kernels/device/tma.h wants them.
 #pragma once
 
-#include <cuda.h>
-
-#include <cstdint>
-
-#include "kernels/core/types.h"
+#include "kernels/cuda/kernel_arguments.h"
+#include "kernels/device/tensor_map.h"
 
 namespace flashmoe::cuda {
 
-struct TiledTensor {
-  const void* data;
-  core::DType dtype;
-  int64_t columns, rows, planes;  // innermost first
-  int32_t box_columns, box_rows;  // of one copy, which is one plane deep
-};
-
 // Throws std::runtime_error where the driver refuses.
-CUtensorMap tensor_map(const TiledTensor& tensor);
+device::TensorMap encode_tensor_map(const TiledTensor& tensor);
 
 }  // namespace flashmoe::cuda

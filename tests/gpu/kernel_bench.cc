@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels/cuda/configuration.h"
+#include "kernels/cuda/gpu.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
 #include "tests/native/harness.h"

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/configuration.h"
 #include "kernels/cuda/failure.h"
+#include "kernels/cuda/gpu.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
 #include "tests/native/harness.h"
