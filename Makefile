@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find kernels tests -name '*.h' -o -name '*.cc' -o -name '*
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan emulator-test cuda bazel-test docs wheel lint format clean
+.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan emulator-build emulator-test emulator-soak cuda bazel-test docs wheel lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -58,15 +58,21 @@ native-tsan native-asan: native-%: venv
 	cmake --build build/$*
 	$(RUN) ctest --test-dir build/$* --verbose
 
-emulator-test: venv  ## run the tests of the CUDA kernel's parts in the emulator, on the CPU
-	@echo "==> Emulator tests"
+emulator-build: venv
+	@echo "==> Emulator"
 	@CXX=$$(tools/find_compiler.sh) && export CXX && cmake -G Ninja -S . -B build/emulator \
 	    -DFLASHMOE_PYTHON_MODULES=OFF -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_CUDA=OFF \
 	    -DFLASHMOE_WERROR=$(if $(filter 1,$(WERROR)),ON,OFF) \
 	    -DFLASHMOE_FFI_INCLUDE_DIR="$$($(BIN)/python tools/fetch_ffi_headers.py)" \
 	    -DPython_EXECUTABLE=$(BIN)/python
-	cmake --build build/emulator --target emulator_tests
-	build/emulator/tests/emulator/emulator_tests
+	cmake --build build/emulator --target emulator_tests kernel_tests
+
+emulator-test: emulator-build  ## run the CUDA kernel in the emulator, on the CPU
+	build/emulator/tests/emulator/emulator_tests --jobs=$(PYTEST_WORKERS)
+	build/emulator/tests/emulator/kernel_tests --jobs=$(PYTEST_WORKERS)
+
+emulator-soak: emulator-build  ## the same with 20,000 schedules of each protocol case (hours)
+	build/emulator/tests/emulator/kernel_tests --jobs=$$(nproc) --schedules=20000 schedules $(ARGS)
 
 cuda: venv  ## compile the CUDA module with a toolchain from PyPI, and check its machine code
 	tools/build_cuda.sh $(BIN)/python

@@ -103,7 +103,8 @@ struct Kernel {
         communicate();
       } else {
         device::mbarrier_wait(&shared.planned, 0);
-        TileProducer<Engine>{tiles, shared.engine, shared.ring}.run(warp - Engine::kCommWarps);
+        TileProducer<Engine>{tiles, shared.engine, shared.ring}.run(warp - Engine::kCommWarps,
+                                                                    shared.ok);
       }
     }
   }
@@ -135,8 +136,10 @@ struct Kernel {
     } else {
       const int64_t blocks = context.shape().row_blocks();
       for (int64_t i = device::thread_index(); i < blocks; i += Engine::kThreads) {
-        *context.arrived(context.rank, static_cast<int32_t>(i)) = 0;
-        *context.first_done(static_cast<int32_t>(i)) = 0;
+        // Atomically, since nothing but a wait for their values orders the additions before.
+        const auto block = static_cast<int32_t>(i);
+        device::store_relaxed<Scope::kSystem>(context.arrived(context.rank, block), uint64_t{0});
+        device::store_relaxed<Scope::kGpu>(context.first_done(block), 0u);
       }
     }
     if (device::thread_index() == 0) {

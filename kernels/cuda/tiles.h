@@ -113,10 +113,11 @@ struct TileProducer {
   typename Engine::Shared& shared;
   TileRing& ring;
 
-  // The first warp decides, the others follow it through the ring as the math warps do.
-  FLASHMOE_DEVICE void run(int producer_warp) const {
+  // The first warp decides, the others follow it through the ring as the math warps do. Without a
+  // plan there are no tiles.
+  FLASHMOE_DEVICE void run(int producer_warp, bool has_plan) const {
     if (producer_warp == 0) {
-      lead();
+      lead(has_plan);
     } else {
       follow();
     }
@@ -134,6 +135,8 @@ struct TileProducer {
 
   FLASHMOE_DEVICE void announce(const TileWork& tile, PipelinePosition<kTilesAhead>& place) const {
     device::mbarrier_wait(&ring.taken[place.stage], place.empty_parity());
+    // A lane that were late would find the next phase of the barrier and wait for its end.
+    device::warp_sync();
     if (device::lane_index() == 0) {
       ring.tiles[place.stage] = tile;
       device::mbarrier_arrive(&ring.announced[place.stage]);
@@ -142,7 +145,7 @@ struct TileProducer {
     place.advance();
   }
 
-  FLASHMOE_DEVICE void lead() const {
+  FLASHMOE_DEVICE void lead(bool has_plan) const {
     const Context& context = tiles.context;
     const core::Plan plan = context.plan();
     const core::TileOrder order{
@@ -154,7 +157,7 @@ struct TileProducer {
     };
     typename Engine::Producer producer;
     PipelinePosition<kTilesAhead> place;
-    const int64_t count = order.size();
+    const int64_t count = has_plan ? order.size() : 0;
     // The next ticket is taken before this tile is loaded, so that its answer is there when it is
     // needed. It is still true that whoever works on the lowest unfinished ticket can go on.
     for (int64_t ticket = take_ticket(); ticket < count;) {

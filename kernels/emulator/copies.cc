@@ -58,6 +58,7 @@ void async_copy_arrive(void* address) {
   Mbarrier& barrier = m.find_mbarrier(address);
   thread.unproductive = 0;
   // Copies of earlier arrivals are done by then, too.
+  ++barrier.arriving;
   thread.last_arrival = std::max(thread.last_arrival, m.now + m.delay());
   m.at(thread.last_arrival, [&m, &thread, &barrier, copies = std::move(thread.copies)]() mutable {
     const uint32_t epoch = m.shadow.base() + 1 + thread.id;
@@ -68,6 +69,7 @@ void async_copy_arrive(void* address) {
       if (copy.bytes == 0) continue;
       m.shadow.relabel(copy.global, copy.bytes, false, kCopyInFlight, epoch, barrier.agent, phase);
     }
+    --barrier.arriving;
     m.arrive(barrier);
   });
   thread.copies.clear();

@@ -66,6 +66,11 @@ struct Outcome {
   uint64_t schedule;     // a hash of who ran when
 };
 
+// Called by all threads of a GPU between two kernels that its stream runs one after the other: the
+// second begins when all CTAs have ended the first, sees all that they wrote, and finds its shared
+// memory as it is at the start of a launch. Other GPUs do not wait.
+void next_kernel();
+
 // Runs `body` once per thread until all have returned. Throws Failure, or what the body threw. A
 // launch that fails abandons its fibers: nothing on their stacks is destroyed.
 Outcome launch(const Launch& launch, const std::function<void()>& body);

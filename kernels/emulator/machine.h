@@ -42,7 +42,16 @@ class Random {
 };
 
 // What a blocked thread waits for.
-enum class Wait : uint8_t { kNothing, kBarrier, kWarp, kMbarrier, kTime, kWgmma, kEnded };
+enum class Wait : uint8_t {
+  kNothing,
+  kBarrier,
+  kWarp,
+  kMbarrier,
+  kTime,
+  kWgmma,
+  kNextKernel,
+  kEnded
+};
 
 // An async_copy_16 of which not all is done.
 struct PendingCopy {
@@ -114,6 +123,7 @@ struct Mbarrier {
   uint32_t pending;
   int64_t bytes = 0;  // expected and not yet there
   uint32_t phase = 0;
+  uint32_t arriving = 0;  // arrivals of async_copy_arrive that are on their way
   Id initialiser;
   uint32_t initialised_epoch;
   bool fenced = false;  // its initialisation is visible to the async proxy
@@ -128,11 +138,15 @@ struct Agent {
   size_t which;  // offset of the mbarrier, or index of the warpgroup
 };
 
+struct Gpu {
+  int threads = 0;               // that have not ended
+  std::vector<Thread*> waiting;  // in next_kernel
+};
+
 struct Block {
   int gpu;
   std::array<NamedBarrier, 16> barriers;
   std::unordered_map<size_t, std::unique_ptr<Mbarrier>> mbarriers;  // by offset
-  int live;
 };
 
 // Releases to an atomic location, by the GPU of who released.
@@ -204,8 +218,9 @@ class Machine {
   // copies.cc
   void land(PendingCopy& copy);
 
-  // wgmma.cc
-  void check_ends(Thread& thread);
+  // next_kernel.cc
+  void end_kernel(Thread& thread);  // what it must have waited for by then
+  void begin_next_kernel(Gpu& gpu);
 
   // report.cc
   [[noreturn]] void fail(const std::string& message);
@@ -229,10 +244,11 @@ class Machine {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
+  std::vector<Gpu> gpus;
+  std::vector<std::unique_ptr<Mbarrier>> retired;  // of earlier kernels
   std::vector<Agent> agents;
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;  // made when used
   std::unordered_map<size_t, AtomicLocation> locations;
-  int gpus;
   Clocks clocks;
   Shadow shadow;
   Thread* current = nullptr;

@@ -90,13 +90,11 @@ void Memory::forget_accesses() {
   }
 }
 
-void Memory::reset_shared(int blocks, size_t bytes) {
-  for (int block = 0; block < blocks; ++block) {
-    std::byte* begin = shared(block);
-    std::memset(begin, 0xff, bytes);
-    std::memset(static_cast<void*>(&cell(offset(reinterpret_cast<uintptr_t>(begin)))), 0,
-                (bytes + 3) / 4 * sizeof(Cell));
-  }
+void Memory::reset_shared(int block, size_t bytes) {
+  std::byte* begin = shared(block);
+  std::memset(begin, 0xff, bytes);
+  std::memset(static_cast<void*>(&cell(offset(reinterpret_cast<uintptr_t>(begin)))), 0,
+              (bytes + 3) / 4 * sizeof(Cell));
 }
 
 }  // namespace flashmoe::emulator

@@ -49,8 +49,8 @@ class Memory {
 
   // Forgets who wrote and read global memory, but not which bytes were ever written.
   void forget_accesses();
-  // Makes the shared memory of these CTAs unwritten.
-  void reset_shared(int blocks, size_t bytes);
+  // Makes the shared memory of a CTA unwritten.
+  void reset_shared(int block, size_t bytes);
 
  private:
   Memory();

@@ -117,7 +117,7 @@ struct Atomic {
     }
     AtomicLocation& location = m.locations[offset];
     if (!modifies) location.gpus.clear();
-    location.gpus.resize(static_cast<size_t>(m.gpus));
+    location.gpus.resize(m.gpus.size());
     AtomicLocation::Releases& mine = location.gpus[static_cast<size_t>(m.block_of(thread).gpu)];
     for (const int s : {kGpu, kSystem}) mine.scopes[s] = m.join(mine.scopes[s], released[s]);
   }

@@ -138,6 +138,8 @@ std::string Machine::waits_for(const Thread& thread) const {
       return "can go on after " + std::string(thread.doing);
     case Wait::kEnded:
       return "have ended";
+    case Wait::kNextKernel:
+      return "next_kernel, for which all CTAs of the GPU must have ended this one";
     case Wait::kTime:
       return "sleep or poll in " + std::string(thread.doing) + " (code " +
              code_address(thread.place) + ")";

@@ -63,15 +63,18 @@ Machine::Machine(const Launch& launch_, const std::function<void()>& body_)
       blocks(static_cast<size_t>(launch_.blocks)),
       gpus(launch_.gpu_of_block.empty()
                ? 1
-               : 1 + *std::max_element(launch_.gpu_of_block.begin(), launch_.gpu_of_block.end())),
+               : 1 + static_cast<size_t>(*std::max_element(launch_.gpu_of_block.begin(),
+                                                           launch_.gpu_of_block.end()))),
       clocks(static_cast<int>(threads.size())),
       shadow(clocks, next_base, report_conflict),
       live_(static_cast<int>(threads.size())) {
-  memory.reset_shared(launch.blocks, launch.shared_bytes);
+  for (int block = 0; block < launch.blocks; ++block) {
+    memory.reset_shared(block, launch.shared_bytes);
+  }
   warpgroups.resize(threads.size() / kWarpgroupSize);
   for (size_t i = 0; i < blocks.size(); ++i) {
     blocks[i].gpu = launch.gpu_of_block.empty() ? 0 : launch.gpu_of_block[i];
-    blocks[i].live = launch.threads;
+    gpus[static_cast<size_t>(blocks[i].gpu)].threads += launch.threads;
   }
   for (size_t i = 0; i < warps.size(); ++i) {
     warps[i].index = static_cast<int>(i);
@@ -97,6 +100,9 @@ Machine::~Machine() {
     for (const auto& [offset, barrier] : block.mbarriers) {
       highest = std::max(highest, shadow.base() + 2 + barrier->phase);
     }
+  }
+  for (const auto& barrier : retired) {
+    highest = std::max(highest, shadow.base() + 2 + barrier->phase);
   }
   for (const auto& group : warpgroups) {
     if (group) {
@@ -131,16 +137,9 @@ void Machine::enter() {
   }
   if (m.exception_) m.leave();
   thread.doing = "ended";
-  m.check_ends(thread);
-  Warp& warp = m.warp_of(thread);
-  if (warp.operation != WarpOperation::kNone) {
-    m.fail(m.who(thread) + " ends while other lanes of its warp are at " +
-           m.threads[static_cast<size_t>(warp.index * kWarpSize + std::countr_zero(warp.arrived))]
-               .doing +
-           ", which needs all 32");
-  }
-  warp.ended |= 1u << lane_of(thread);
-  --m.block_of(thread).live;
+  m.end_kernel(thread);
+  m.warp_of(thread).ended |= 1u << lane_of(thread);
+  --m.gpus[static_cast<size_t>(m.block_of(thread).gpu)].threads;
   m.progress();
   if (--m.live_ == 0) m.leave();
   m.block(Wait::kEnded);

@@ -231,14 +231,4 @@ uint32_t shared_offset(const void* shared) {
   return static_cast<uint32_t>(offset % Memory::kSharedStride);
 }
 
-void Machine::check_ends(Thread& thread) {
-  if (launch.threads % kWarpgroupSize != 0) return;
-  const std::unique_ptr<Warpgroup>& group = warpgroups[thread.id / kWarpgroupSize];
-  if (!group) return;
-  for (const Accumulators& accumulators : group->in_flight) {
-    if (!accumulators.registers[static_cast<size_t>(thread.index % kWarpgroupSize)]) continue;
-    fail("wgmma misuse: " + who(thread) + " ends while its accumulators are in flight");
-  }
-}
-
 }  // namespace flashmoe::emulator

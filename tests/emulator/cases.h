@@ -1,8 +1,10 @@
 // What the emulator's tests share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,42 @@ std::vector<Case> wgmma_cases();
 std::vector<Case> schedule_cases();
 std::vector<Case> tensor_core_cases();
 std::vector<Case> gate_cases();
+
+// Which schedules the seeded cases of a kernel go through.
+struct Schedules {
+  int count = 200;
+  std::optional<uint64_t> only{};  // one of them, by its number
+};
+std::vector<Case> kernel_cases_sm80(const Schedules& schedules);
+std::vector<Case> kernel_cases_sm90(const Schedules& schedules);
+
+// Cases that call run(number) for all schedules, some in each, so that they can be shared out.
+inline void add_seeded(std::vector<Case>& cases, const std::string& name,
+                       const Schedules& schedules, void (*run)(uint64_t)) {
+  const auto attempt = [run](uint64_t number) {
+    try {
+      run(number);
+    } catch (const std::exception& exception) {
+      throw CheckFailed(std::string(exception.what()) + " (schedule " + std::to_string(number) +
+                        "; --only=" + std::to_string(number) + " repeats it)");
+    }
+  };
+  if (schedules.only) {
+    const uint64_t number = *schedules.only;
+    cases.push_back({name, [=](uint64_t) { attempt(number); }});
+    return;
+  }
+  constexpr int kOfACase = 50;
+  for (int first = 0; first < schedules.count; first += kOfACase) {
+    const int end = std::min(first + kOfACase, schedules.count);
+    cases.push_back({name + ", " + std::to_string(first) + " to " + std::to_string(end - 1),
+                     [=](uint64_t seed) {
+                       for (int i = first; i < end; ++i) {
+                         attempt(seed * 1'000'000 + static_cast<uint64_t>(i));
+                       }
+                     }});
+  }
+}
 
 using Kernel = std::function<void()>;
 

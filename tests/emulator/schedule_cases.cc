@@ -2,6 +2,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "kernels/device/async_copy.h"
 #include "kernels/device/barrier.h"
 #include "kernels/device/clock.h"
 #include "kernels/device/identity.h"
@@ -204,6 +205,71 @@ void exceptions(uint64_t seed) {
   check(refused, "a launch of 40 threads");
 }
 
+// Kernels of a stream follow each other; those of different GPUs do not.
+void next_kernels(uint64_t seed) {
+  GlobalMemory words(4 * 64 * 4, "words");
+  const auto write_own = [&] {
+    const int me = device::block_index() * 64 + device::thread_index();
+    words.as<int>()[me] = me;
+  };
+  const auto read_next_block = [&] {
+    const int other = (device::block_index() + 1) % 4 * 64 + device::thread_index();
+    if (words.as<int>()[other] != other) throw std::runtime_error("not what the kernel wrote");
+  };
+  const auto use_shared = [&] {
+    auto* barrier = reinterpret_cast<device::Mbarrier*>(device::shared_memory());
+    if (device::thread_index() == 0) device::mbarrier_init(barrier, 64);
+    device::block_sync();
+    device::mbarrier_arrive(barrier);
+    device::mbarrier_wait(barrier, 0);
+    device::shared_memory()[64 + device::thread_index()] = std::byte{1};
+  };
+  Trial trial{.launch = {.blocks = 4, .threads = 64, .shared_bytes = 2048}};
+  passes(seed, trial, [&] {
+    use_shared();
+    write_own();
+    emulator::next_kernel();
+    use_shared();
+    read_next_block();
+  });
+  is_caught(seed, trial, {"race", "'words'"}, [&] {
+    write_own();
+    read_next_block();
+    emulator::next_kernel();
+  });
+  is_caught(seed, trial, {"uninitialised", "shared memory"}, [&] {
+    use_shared();
+    emulator::next_kernel();
+    words.as<int>()[0] = static_cast<int>(device::shared_memory()[64]);
+  });
+  is_caught(seed, trial, {"deadlock", "next_kernel"}, [&] {
+    if (device::block_index() == 0) {
+      if (device::thread_index() == 0) emulator::next_kernel();
+    } else {
+      emulator::next_kernel();
+    }
+    for (uint32_t* never = words.as<uint32_t>(); device::block_index() == 0;) {
+      if (device::load_relaxed<Scope::kGpu>(never) == 7) return;
+      device::block_sync();
+    }
+  });
+  is_caught_sometimes(seed, trial, {"copies to", "in flight"}, [&] {
+    auto* barrier = reinterpret_cast<device::Mbarrier*>(device::shared_memory());
+    if (device::thread_index() == 0) device::mbarrier_init(barrier, 65);
+    device::block_sync();
+    device::async_copy_16(device::shared_memory() + 64 + 16 * device::thread_index(), words.data(),
+                          0);
+    device::async_copy_arrive(barrier);
+    emulator::next_kernel();
+  });
+  trial.launch.gpu_of_block = {0, 0, 1, 1};
+  is_caught(seed, trial, {"race", "'words'"}, [&] {
+    write_own();
+    emulator::next_kernel();
+    read_next_block();
+  });
+}
+
 }  // namespace
 
 std::vector<Case> schedule_cases() {
@@ -215,6 +281,7 @@ std::vector<Case> schedule_cases() {
       {"deadlines", deadlines},
       {"nobody starves", nobody_starves},
       {"many threads", many_threads},
+      {"kernels of a stream", next_kernels},
       {"exceptions", exceptions},
   };
 }

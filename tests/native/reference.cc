@@ -314,15 +314,18 @@ std::vector<Expected> expect(const Problem& problem) {
   return expected;
 }
 
+void check_forward_of(int32_t pe, const Problem& problem, const std::vector<Expected>& expected) {
+  const Pe& got = problem.pes[static_cast<size_t>(pe)];
+  const Expected& want = expected[static_cast<size_t>(pe)];
+  check_tensor(problem, pe, "y", got.y, want.y);
+  check(got.dropped[0] == want.dropped,
+        "PE " + std::to_string(pe) + " dropped " + std::to_string(got.dropped[0]) +
+            " rows, expected " + std::to_string(want.dropped) + " (" + problem.description() + ")");
+}
+
 void check_forward(const Problem& problem, const std::vector<Expected>& expected) {
   for (int32_t pe = 0; pe < problem.layer.shape.num_pes; ++pe) {
-    const Pe& got = problem.pes[static_cast<size_t>(pe)];
-    const Expected& want = expected[static_cast<size_t>(pe)];
-    check_tensor(problem, pe, "y", got.y, want.y);
-    check(got.dropped[0] == want.dropped, "PE " + std::to_string(pe) + " dropped " +
-                                              std::to_string(got.dropped[0]) + " rows, expected " +
-                                              std::to_string(want.dropped) + " (" +
-                                              problem.description() + ")");
+    check_forward_of(pe, problem, expected);
   }
 }
 

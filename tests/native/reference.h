@@ -36,6 +36,7 @@ std::vector<Expected> expect(const Problem& problem);
 
 // Throws CheckFailed if a result is not within its bound.
 void check_forward(const Problem& problem, const std::vector<Expected>& expected);
+void check_forward_of(int32_t pe, const Problem& problem, const std::vector<Expected>& expected);
 void check_backward(const Problem& problem, const std::vector<Expected>& expected);
 
 }  // namespace flashmoe::testing
