@@ -31,8 +31,7 @@ template <typename Element>
 struct Depth {
   static constexpr int kWidth = 16 / sizeof(Element);  // elements of 16 bytes
   static constexpr int kLoad = 2 * kWidth;             // of the 32 bytes
-  static constexpr int kLoads = kStageDepth / kLoad;
-  static constexpr int kRows = kLoad / 4;  // of the router, that a thread has of them
+  static constexpr int kRows = kLoad / 4;              // of the router, that a thread has of them
 
   // Where the router's row of depth `d` of a stage lies; 4 rows, one of each thread, are together.
   static FLASHMOE_DEVICE uint32_t row(uint32_t d) {
@@ -190,6 +189,7 @@ FLASHMOE_DEVICE void multiply_stage(const RouterLayout<Element>& layout, const s
   const int lane = device::lane_index();
   const int group = lane / 4;
   const int member = lane % 4;
+// Unrolled loops would keep more loads in flight than there are registers for.
 #pragma unroll 1
   for (int block = 0; block < RouterLayout<Element>::kBlocks; ++block) {
 #pragma unroll
