@@ -105,11 +105,11 @@ struct Sm80Engine {
     FLASHMOE_DEVICE void load(Shared& shared, const Product& product) {
       const int thread = device::thread_index() - kCommWarps * device::kWarpSize;
       for (int depth = 0; depth < product.depth; depth += kStageDepth) {
-        Stage& stage = shared.stages[position.stage];
-        device::mbarrier_wait(&shared.empty[position.stage], position.empty_parity());
+        Stage& stage = shared.stages[position.stage()];
+        device::mbarrier_wait(&shared.empty[position.stage()], position.empty_parity());
         load_rows(stage, product, depth, thread);
         load_weights(stage, product, depth, thread);
-        device::async_copy_arrive(&shared.full[position.stage]);
+        device::async_copy_arrive(&shared.full[position.stage()]);
         position.advance();
       }
     }
@@ -173,10 +173,10 @@ struct Sm80Engine {
         }
       }
       for (int begin = 0; begin < depth; begin += kStageDepth) {
-        device::mbarrier_wait(&shared.full[position.stage], position.full_parity());
-        multiply_stage(shared.stages[position.stage], warp, accumulators);
+        device::mbarrier_wait(&shared.full[position.stage()], position.full_parity());
+        multiply_stage(shared.stages[position.stage()], warp, accumulators);
         device::warp_sync();
-        if (device::lane_index() == 0) device::mbarrier_arrive(&shared.empty[position.stage]);
+        if (device::lane_index() == 0) device::mbarrier_arrive(&shared.empty[position.stage()]);
         position.advance();
       }
     }

@@ -92,9 +92,9 @@ struct Sm90Engine {
 
    private:
     FLASHMOE_DEVICE void load_stage(Shared& shared, const Product& product, int depth) {
-      Stage& stage = shared.stages[position.stage];
-      device::Mbarrier* full = &shared.full[position.stage];
-      device::mbarrier_wait(&shared.empty[position.stage], position.empty_parity());
+      Stage& stage = shared.stages[position.stage()];
+      device::Mbarrier* full = &shared.full[position.stage()];
+      device::mbarrier_wait(&shared.empty[position.stage()], position.empty_parity());
       device::mbarrier_arrive_expect(full, sizeof(Stage));
       device::tma_load(stage.rows, product.rows.map, full, depth, product.row, 0);
 #pragma unroll
@@ -119,12 +119,12 @@ struct Sm90Engine {
 
       int previous = 0;
       for (int begin = 0; begin < depth; begin += kStageDepth) {
-        Stage& stage = shared.stages[position.stage];
+        Stage& stage = shared.stages[position.stage()];
         const auto rows =
             device::k_major_descriptor(stage.rows[kBlockRows == 128 ? 64 * warpgroup : 0]);
         const auto weights =
             device::mn_major_descriptor(stage.weights[chunk(4 * warpgroup, 0)], kChunkBytes);
-        device::mbarrier_wait(&shared.full[position.stage], position.full_parity());
+        device::mbarrier_wait(&shared.full[position.stage()], position.full_parity());
         device::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kStageDepth; k += 16) {
@@ -136,7 +136,7 @@ struct Sm90Engine {
         // The products of this stage stay in flight while the previous one is given back.
         device::wgmma_wait<1>();
         if (begin > 0) release(shared, previous);
-        previous = position.stage;
+        previous = position.stage();
         position.advance();
       }
       device::wgmma_finish(sums);

@@ -30,28 +30,33 @@ struct MathRole {
   Tiles<Engine> tiles;
   typename Engine::Shared& shared;
   TileRing& ring;
-  Staging<Engine>& staging;  // of this warp
-  int warp;                  // 0 to kMathWarps - 1
+  Staging<Engine> (&staging)[Engine::kMathWarps];
 
   FLASHMOE_DEVICE void run() const {
     typename Engine::Consumer consumer;
     PipelinePosition<kTilesAhead> place;
     for (;;) {
-      const TileWork tile = take_tile(ring, place);
+      // Its place in shared memory is given back last, so that it takes no registers while they are
+      // scarce. The producer is one tile ahead, at most.
+      const TileWork& tile = await_tile(ring, place);
       if (tile.rows == 0) return;
       typename Engine::Accumulators sums;
-      const core::Shape& shape = tiles.context.shape();
+      consumer.multiply(shared, tiles.depth(tile), sums);
       if (tile.kind == core::TileKind::kFirst) {
-        consumer.multiply(shared, shape.hidden, sums);
         finish_first(tile, sums);
       } else {
-        consumer.multiply(shared, shape.intermediate, sums);
         finish_second(tile, sums);
       }
+      give_back_tile(ring, place);
     }
   }
 
  private:
+  // 0 to kMathWarps - 1.
+  FLASHMOE_DEVICE static int math_warp() {
+    return device::warp_index() - Engine::kCommWarps - Engine::kProducerWarps;
+  }
+
   // The bias of a column pair, or zeros: a row of a [El][width] tensor.
   FLASHMOE_DEVICE static void add_bias(const void* bias, const TileWork& tile, int32_t column,
                                        int32_t width, float (&pair)[2]) {
@@ -62,19 +67,19 @@ struct MathRole {
   }
 
   // Puts two neighbouring values into the staging rows.
-  FLASHMOE_DEVICE void stage(int row, int column, float first, float second) const {
+  FLASHMOE_DEVICE void stage(int warp, int row, int column, float first, float second) const {
     struct alignas(2 * sizeof(Element)) Pair {
       Element values[2];
     };
-    *reinterpret_cast<Pair*>(&staging.rows[row][column]) =
+    *reinterpret_cast<Pair*>(&staging[warp].rows[row][column]) =
         Pair{{device::from_float<Element>(first), device::from_float<Element>(second)}};
   }
 
   // Writes the staged rows, columns from `column` on of a tensor `width` wide; `target(row)` is the
   // start of a row of the tile. Rows from tile.rows on are nobody's.
   template <typename Target>
-  FLASHMOE_DEVICE void write_staged(const TileWork& tile, int32_t first_row, int32_t column,
-                                    int32_t width, const Target& target) const {
+  FLASHMOE_DEVICE void write_staged(int warp, const TileWork& tile, int32_t first_row,
+                                    int32_t column, int32_t width, const Target& target) const {
     constexpr int kVectorsOfRow = Staging<Engine>::kColumns / kVectorElements<Element>;
     constexpr int kRowsAtOnce = device::kWarpSize / kVectorsOfRow;
     const int lane = device::lane_index();
@@ -85,7 +90,7 @@ struct MathRole {
       const int row = r + lane / kVectorsOfRow;
       if (row < Staging<Engine>::kRows && first_row + row < tile.rows && column + offset < width) {
         *reinterpret_cast<Vector*>(target(first_row + row) + column + offset) =
-            *reinterpret_cast<const Vector*>(&staging.rows[row][offset]);
+            *reinterpret_cast<const Vector*>(&staging[warp].rows[row][offset]);
       }
     }
     device::warp_sync();
@@ -98,6 +103,7 @@ struct MathRole {
     Element* activated = context.workspace<Element>(context.arguments.workspace.activated) +
                          int64_t{tile.block} * Engine::kBlockRows * width;
     const auto target = [&](int32_t row) { return activated + int64_t{row} * width; };
+    const int warp = math_warp();
     const int lane = device::lane_index();
     const bool gated = tiles.gated();
     const int32_t begin = tile.column * tiles.first_stage_columns();
@@ -128,10 +134,10 @@ struct MathRole {
                 pair[i] = activate(context.arguments.activation, value + up_bias[i]);
               }
             }
-            stage(lane / 4 + 8 * half, in_chunk, pair[0], pair[1]);
+            stage(warp, lane / 4 + 8 * half, in_chunk, pair[0], pair[1]);
           }
         }
-        write_staged(tile, Engine::first_row(warp, m), column, width, target);
+        write_staged(warp, tile, Engine::first_row(warp, m), column, width, target);
       }
     }
     // What this warp wrote comes before its signal.
@@ -154,6 +160,7 @@ struct MathRole {
       return context.heap<Element>(origin.pe, context.arguments.heap.returned) +
              int64_t{origin.slot} * width;
     };
+    const int warp = math_warp();
     const int lane = device::lane_index();
     const int32_t begin = tile.column * Engine::kColumns;
 #pragma unroll
@@ -168,10 +175,11 @@ struct MathRole {
           const int32_t in_chunk = 8 * n + 2 * (lane % 4);
           float bias[2] = {};
           add_bias(context.pe.down_bias, tile, column + in_chunk, width, bias);
-          stage(lane / 4, in_chunk, sums[m][c][n][0] + bias[0], sums[m][c][n][1] + bias[1]);
-          stage(lane / 4 + 8, in_chunk, sums[m][c][n][2] + bias[0], sums[m][c][n][3] + bias[1]);
+          stage(warp, lane / 4, in_chunk, sums[m][c][n][0] + bias[0], sums[m][c][n][1] + bias[1]);
+          stage(warp, lane / 4 + 8, in_chunk, sums[m][c][n][2] + bias[0],
+                sums[m][c][n][3] + bias[1]);
         }
-        write_staged(tile, first_row, column, width, target);
+        write_staged(warp, tile, first_row, column, width, target);
       }
     }
     // One fence for all rows of the warp, then one signal for each.

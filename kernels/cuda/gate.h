@@ -78,11 +78,11 @@ FLASHMOE_DEVICE uint32_t eligible_experts(const GateArguments& arguments,
                                           const float (&scores)[kValues], float* scratch) {
   const int member = device::lane_index() % kLanes;
   const int size = arguments.num_experts / arguments.num_groups;
+  float* own = scratch + member;
   device::warp_sync();
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const int expert = i * kLanes + member;
-    if (expert < arguments.num_experts) scratch[expert] = scores[i];
+    if (i * kLanes < arguments.num_experts - member) own[i * kLanes] = scores[i];
   }
   device::warp_sync();
   TopK<kLanes, kValues> groups;
@@ -109,11 +109,10 @@ FLASHMOE_DEVICE uint32_t eligible_experts(const GateArguments& arguments,
   }
   uint32_t eligible = 0;
   for (int round = 0; round < arguments.groups_per_token; ++round) {
-    const int first = groups.take() * size;
+    const int first = groups.take() * size - member;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const int expert = i * kLanes + member;
-      if (expert >= first && expert < first + size) eligible |= 1u << i;
+      if (i * kLanes >= first && i * kLanes < first + size) eligible |= 1u << i;
     }
   }
   return eligible;
@@ -127,20 +126,20 @@ FLASHMOE_DEVICE void choose_for_token(const GateArguments& arguments, int32_t to
   static_assert(kValues <= 32);
   constexpr int kSlots = (kMaxExpertsPerToken + kLanes - 1) / kLanes;
   const int member = device::lane_index() % kLanes;
+  const int end = arguments.num_experts - member;
   const float* logits = arguments.logits + int64_t{token} * arguments.num_experts;
+  const float* own = logits + member;
   float values[kValues];
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const int expert = i * kLanes + member;
-    values[i] =
-        expert < arguments.num_experts ? logits[expert] : device::float_of_bits(0xff800000u);
+    values[i] = i * kLanes < end ? own[i * kLanes] : device::float_of_bits(0xff800000u);
   }
   const Scores scores = score<kLanes>(arguments.softmax, values);
+  if (arguments.selection_bias != nullptr) {
+    const float* bias = arguments.selection_bias + member;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    const int expert = i * kLanes + member;
-    if (arguments.selection_bias != nullptr && expert < arguments.num_experts) {
-      values[i] += arguments.selection_bias[expert];
+    for (int i = 0; i < kValues; ++i) {
+      if (i * kLanes < end) values[i] += bias[i * kLanes];
     }
   }
   uint32_t eligible = device::kFullMask;
@@ -150,9 +149,8 @@ FLASHMOE_DEVICE void choose_for_token(const GateArguments& arguments, int32_t to
   TopK<kLanes, kValues> experts;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const bool exists = i * kLanes + member < arguments.num_experts;
     const float value = (eligible >> i & 1) != 0 ? values[i] : device::float_of_bits(0xff800000u);
-    experts.keys[i] = exists ? order_key(value) : 0;
+    experts.keys[i] = i * kLanes < end ? order_key(value) : 0;
   }
 
   int32_t chosen[kSlots] = {};
@@ -219,16 +217,22 @@ FLASHMOE_DEVICE void choose_experts(const GateArguments& arguments, int32_t firs
   device::block_sync();
 }
 
-// Both for tokens [first_token, last_token), with at least kGateSharedBytes of shared memory. A
-// barrier of the grid makes the results visible to other CTAs.
+// In shared memory it takes no registers while the router is multiplied.
+struct TokenRange {
+  int32_t first;
+  int32_t last;  // not in it
+};
+
+// Both for a range of tokens, with at least kGateSharedBytes of shared memory. A barrier of the
+// grid makes the results visible to other CTAs.
 template <typename Element, int kThreads>
-FLASHMOE_DEVICE void gate(const GateArguments& arguments, int32_t first_token, int32_t last_token,
+FLASHMOE_DEVICE void gate(const GateArguments& arguments, const TokenRange& tokens,
                           std::byte* shared, size_t shared_bytes) {
   const LogitsArguments products{arguments.x, arguments.router, arguments.logits, arguments.hidden,
                                  arguments.num_experts};
-  router_logits<Element, kThreads>(products, first_token, last_token, 0, arguments.num_experts,
+  router_logits<Element, kThreads>(products, tokens.first, tokens.last, 0, arguments.num_experts,
                                    shared, shared_bytes);
-  choose_experts<kThreads>(arguments, first_token, last_token, shared);
+  choose_experts<kThreads>(arguments, tokens.first, tokens.last, shared);
 }
 
 }  // namespace flashmoe::cuda

@@ -25,12 +25,21 @@
 
 namespace flashmoe::cuda {
 
+// What a CTA is for.
+struct Place {
+  int32_t local;  // which of the PEs of this launch
+  int32_t cta;    // of the PE's CTAs
+  uint32_t epoch;
+  TokenRange tokens;  // that it routes
+};
+
 template <typename Engine>
 struct KernelShared {
   typename Engine::Shared engine;
   Staging<Engine> staging[Engine::kMathWarps];
   CommShared comm;
   TileRing ring;
+  Place place;
   device::Mbarrier planned;  // the plan is made, or the PE has failed
   bool ok;                   // at the start of the launch
   bool last;                 // this CTA is the last of its PE to end
@@ -50,15 +59,15 @@ struct Kernel {
   static constexpr int kOtherRegisters = 88;
   static constexpr int kMathRegisters = 208;
 
-  const Context& context;
+  const KernelArguments& arguments;
   Shared& shared;
 
   FLASHMOE_DEVICE void run() const {
-    if (device::thread_index() == 0) shared.ok = !has_failed(context);
+    if (device::thread_index() == 0) enter();
     device::block_sync();
     if (shared.ok) {
-      if (context.arguments.routes) run_gate();
-      init();
+      if (arguments.routes) run_gate();
+      if (device::thread_index() == 0) init();
       device::block_sync();
       run_roles();
     }
@@ -67,19 +76,41 @@ struct Kernel {
   }
 
  private:
-  FLASHMOE_DEVICE Comm comm_group() const {
+  // Read by each phase anew, so that it takes no registers in the others.
+  FLASHMOE_DEVICE Context context() const {
+    const Place& place = shared.place;
+    return Context{
+        .arguments = arguments,
+        .pe = arguments.pes[place.local],
+        .local = place.local,
+        .rank = arguments.first_pe + place.local,
+        .cta = place.cta,
+        .epoch = place.epoch,
+    };
+  }
+
+  FLASHMOE_DEVICE void enter() const {
+    Place& place = shared.place;
+    place.local = device::block_index() / arguments.ctas;
+    place.cta = device::block_index() % arguments.ctas;
+    place.epoch = context().control()->epoch + 1;
+    const Context context = this->context();
+    const Comm group = comm_group(context);
+    place.tokens = {group.first_token(), group.last_token()};
+    shared.ok = !has_failed(context);
+  }
+
+  FLASHMOE_DEVICE Comm comm_group(const Context& context) const {
     return Comm{context, shared.comm, device::thread_index()};
   }
 
   FLASHMOE_DEVICE void run_gate() const {
-    const Comm group = comm_group();
-    gate<Element, Engine::kThreads>(context.arguments.gates[context.local], group.first_token(),
-                                    group.last_token(), reinterpret_cast<std::byte*>(&shared),
+    gate<Element, Engine::kThreads>(arguments.gates[shared.place.local], shared.place.tokens,
+                                    reinterpret_cast<std::byte*>(&shared),
                                     sizeof(typename Engine::Shared));
   }
 
   FLASHMOE_DEVICE void init() const {
-    if (device::thread_index() != 0) return;
     Engine::init(shared.engine);
     for (int i = 0; i < kTilesAhead; ++i) {
       device::mbarrier_init(&shared.ring.announced[i], 1);
@@ -91,16 +122,15 @@ struct Kernel {
 
   FLASHMOE_DEVICE void run_roles() const {
     const int warp = device::warp_index();
+    const Context context = this->context();
     const Tiles<Engine> tiles{context};
     if (warp >= kFirstMathWarp) {
       if constexpr (Engine::kMovesRegisters) device::take_registers<kMathRegisters>();
-      const int math_warp = warp - kFirstMathWarp;
-      MathRole<Engine>{tiles, shared.engine, shared.ring, shared.staging[math_warp], math_warp}
-          .run();
+      MathRole<Engine>{tiles, shared.engine, shared.ring, shared.staging}.run();
     } else {
       if constexpr (Engine::kMovesRegisters) device::keep_registers<kOtherRegisters>();
       if (warp < Engine::kCommWarps) {
-        communicate();
+        communicate(context);
       } else {
         device::mbarrier_wait(&shared.planned, 0);
         TileProducer<Engine>{tiles, shared.engine, shared.ring}.run(warp - Engine::kCommWarps,
@@ -109,8 +139,8 @@ struct Kernel {
     }
   }
 
-  FLASHMOE_DEVICE void communicate() const {
-    const Comm group = comm_group();
+  FLASHMOE_DEVICE void communicate(const Context& context) const {
+    const Comm group = comm_group(context);
     const bool ok = route_and_plan(group);
     if (group.thread == 0) {
       if (!ok) shared.ok = false;
@@ -124,6 +154,7 @@ struct Kernel {
   // The last CTA of the PE leaves everything as the next launch expects it.
   FLASHMOE_DEVICE void leave() const {
     using device::Scope;
+    const Context context = this->context();
     Control* control = context.control();
     if (device::thread_index() == 0) {
       const uint32_t before = device::fetch_add_acquire_release<Scope::kGpu>(&control->exits, 1u);
@@ -132,7 +163,7 @@ struct Kernel {
     device::block_sync();
     if (!shared.last) return;
     if (has_failed(context)) {
-      poison();
+      poison(context);
     } else {
       const int64_t blocks = context.shape().row_blocks();
       for (int64_t i = device::thread_index(); i < blocks; i += Engine::kThreads) {
@@ -150,7 +181,7 @@ struct Kernel {
     }
   }
 
-  FLASHMOE_DEVICE void poison() const {
+  FLASHMOE_DEVICE void poison(const Context& context) const {
     const int64_t size = int64_t{context.shape().tokens} * context.shape().hidden;
     Element* y = static_cast<Element*>(context.pe.y);
     const Element nan = device::from_float<Element>(device::not_a_number());
@@ -161,21 +192,9 @@ struct Kernel {
 // By every thread of a launch of arguments.ctas CTAs for each of its PEs.
 template <typename Engine>
 FLASHMOE_DEVICE void run_kernel(const KernelArguments& arguments) {
-  const int32_t local = device::block_index() / arguments.ctas;
-  const PeArguments& pe = arguments.pes[local];
-  if (pe.absent) return;
-  const auto* control =
-      reinterpret_cast<const Control*>(pe.workspace + arguments.workspace.control.offset);
-  const Context context{
-      .arguments = arguments,
-      .pe = pe,
-      .local = local,
-      .rank = arguments.first_pe + local,
-      .cta = device::block_index() % arguments.ctas,
-      .epoch = control->epoch + 1,
-  };
+  if (arguments.pes[device::block_index() / arguments.ctas].absent) return;
   auto& shared = *reinterpret_cast<KernelShared<Engine>*>(device::shared_memory());
-  Kernel<Engine>{context, shared}.run();
+  Kernel<Engine>{arguments, shared}.run();
 }
 
 }  // namespace flashmoe::cuda

@@ -12,6 +12,7 @@
 // columns, so that a gate and the value that it gates are in the same thread.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "kernels/device/body.h"
@@ -27,20 +28,17 @@ struct TensorBox {
 // A place in the endless walk round the stages; value-initialise it to start.
 template <int kStages>
 struct PipelinePosition {
-  int stage = 0;
-  uint32_t round = 0;  // mod 2
+  static_assert(std::has_single_bit(unsigned{kStages}));
 
+  uint32_t steps = 0;
+
+  FLASHMOE_DEVICE int stage() const { return static_cast<int>(steps % kStages); }
   // The parity of the phase whose end makes the stage full. A stage that nobody has used yet is
   // empty: a fresh barrier lets waiters for parity 1 pass.
-  FLASHMOE_DEVICE uint32_t full_parity() const { return round; }
-  FLASHMOE_DEVICE uint32_t empty_parity() const { return round ^ 1; }
+  FLASHMOE_DEVICE uint32_t full_parity() const { return steps / kStages % 2; }
+  FLASHMOE_DEVICE uint32_t empty_parity() const { return full_parity() ^ 1; }
 
-  FLASHMOE_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
+  FLASHMOE_DEVICE void advance() { ++steps; }
 };
 
 }  // namespace flashmoe::cuda

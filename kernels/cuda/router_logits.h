@@ -60,18 +60,35 @@ struct LogitsBlock {
   int32_t last_expert;
 };
 
-// A position of a walk over the stages: depths within passes over the tokens.
-struct RouterStage {
-  int index = 0;
-  uint32_t parity = 0;
-  int32_t depth = 0;
-  int32_t token;  // the first of the pass
+// What the threads of a CTA share beside the stages. They read it where they need it: the registers
+// are for the sums.
+template <typename Element>
+struct RouterShared {
+  device::Mbarrier full[kMaxRouterStages];
+  LogitsArguments arguments;
+  LogitsBlock block;
+  WarpLayout warps;
+  RouterLayout<Element> layout;
+  int stages;
 
-  FLASHMOE_DEVICE void next(int stages, int hidden, int pass_tokens) {
-    if (++index == stages) {
-      index = 0;
-      parity ^= 1;
-    }
+  FLASHMOE_DEVICE std::byte* stage(int i) {
+    return reinterpret_cast<std::byte*>(this) + kRouterStagesOffset + i * layout.bytes();
+  }
+  // How many quads a warp has from that one on.
+  FLASHMOE_DEVICE int quads_from(int first) const {
+    const int left = layout.quads - first;
+    return left < warps.quads ? left : warps.quads;
+  }
+  // Whether the router's rows are aligned to 16 bytes.
+  FLASHMOE_DEVICE bool vectors() const { return arguments.num_experts % 4 == 0; }
+};
+
+// A position of a walk over the stages: depths within passes over the tokens.
+struct RouterPosition {
+  int32_t token;  // the first of the pass
+  int32_t depth = 0;
+
+  FLASHMOE_DEVICE void advance(int hidden, int pass_tokens) {
     depth += kStageDepth;
     if (depth >= hidden) {
       depth = 0;
@@ -83,71 +100,19 @@ struct RouterStage {
 // This thread's part in filling the stages: columns 4 lane + [0, 4), and so on, of every kWarps-th
 // router row, and 16 bytes of every kThreads / 4-th token.
 template <typename Element, int kThreads>
-class RouterCopies {
- public:
-  FLASHMOE_DEVICE RouterCopies(const LogitsArguments& arguments, const LogitsBlock& block,
-                               const RouterLayout<Element>& layout)
-      : arguments_(arguments), block_(block), layout_(layout) {
-    const uint32_t warp = device::warp_index();
-    const uint32_t lane = device::lane_index();
-#pragma unroll
-    for (uint32_t i = 0; i < kRows; ++i) {
-      row_target_[i] = Layout::router_offset(lane / 8, Lines::row(i * kWarps + warp), lane % 8);
-    }
-    warp_ = warp;
-    const uint32_t token = device::thread_index() / 4;
-    token_target_ = layout.token_offset(token / kTileTokens, 0, token % kTileTokens, lane % 4);
-  }
+struct RouterCopies {
+  RouterShared<Element>& shared;
 
   // Fills a stage. What lies outside of the tensors becomes 0.
-  FLASHMOE_DEVICE void copy(const RouterStage& at, std::byte* stage, device::Mbarrier* full) const {
-    const int32_t depths = arguments_.hidden - at.depth;
-    const int32_t lane = device::lane_index();
-    const float* router =
-        arguments_.router + int64_t{at.depth} * arguments_.num_experts + block_.first_expert;
-    if (vectors()) {
-      const int32_t experts = block_.last_expert - block_.first_expert;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int32_t d = i * kWarps + warp_;
-        if (d < kStageDepth) {
-          const float* source = router + d * arguments_.num_experts;
-          std::byte* target = stage + row_target_[i];
-#pragma unroll 1
-          for (int32_t column = 4 * lane; column < layout_.quads * kQuadColumns; column += 128) {
-            device::async_copy_16(target, source + column, d < depths && column < experts ? 16 : 0);
-            target += 128 / kQuadColumns * Layout::kQuadBytes;
-          }
-        }
-      }
-    } else {
-      copy_single_floats(router, depths, stage);
-    }
-
-    const int32_t depth = lane % 4 * Lines::kWidth;
-    const int32_t tokens = block_.last_token - at.token;
-    const int32_t full_tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    const int32_t rows = (full_tiles < layout_.tiles ? full_tiles : layout_.tiles) * kTileTokens;
-    const Element* x = static_cast<const Element*>(arguments_.x) +
-                       int64_t{at.token} * arguments_.hidden + at.depth;
-    std::byte* target = stage + token_target_;
-#pragma unroll 1
-    for (int32_t row = device::thread_index() / 4; row < rows; row += kThreads / 4) {
-      const Element* source = x + (row * arguments_.hidden + depth);
-#pragma unroll
-      for (int i = 0; i < Lines::kBlocks; ++i) {
-        const bool exists = row < tokens && depth + i * Lines::kBlock < depths;
-        device::async_copy_16(target + i * Layout::kBlockBytes, source + i * Lines::kBlock,
-                              exists ? 16 : 0);
-      }
-      target += kThreads / 4 / kTileTokens * Layout::kTileBytes;
-    }
-    if (!vectors()) device::mbarrier_arrive(full);
-    device::async_copy_arrive(full);
+  FLASHMOE_DEVICE void copy(const RouterPosition& at, int stage) const {
+    copy_router(at, shared.stage(stage));
+    copy_tokens(at, shared.stage(stage));
+    if (!shared.vectors()) device::mbarrier_arrive(&shared.full[stage]);
+    device::async_copy_arrive(&shared.full[stage]);
   }
 
   // Arrivals at a stage's barrier.
-  FLASHMOE_DEVICE int arrivals() const { return vectors() ? kThreads : 2 * kThreads; }
+  FLASHMOE_DEVICE int arrivals() const { return shared.vectors() ? kThreads : 2 * kThreads; }
 
  private:
   using Lines = Depth<Element>;
@@ -156,53 +121,111 @@ class RouterCopies {
   static constexpr int kRows = (kStageDepth + kWarps - 1) / kWarps;
   static_assert(kThreads / 4 % kTileTokens == 0);
 
-  // Whether the router's rows are aligned to 16 bytes.
-  FLASHMOE_DEVICE bool vectors() const { return arguments_.num_experts % 4 == 0; }
-
-  FLASHMOE_DEVICE void copy_single_floats(const float* router, int32_t depths,
-                                          std::byte* stage) const {
-    const int32_t experts = block_.last_expert - block_.first_expert;
-    const int32_t columns = layout_.quads * kQuadColumns;
+  FLASHMOE_DEVICE void copy_router(const RouterPosition& at, std::byte* stage) const {
+    const LogitsBlock& block = shared.block;
+    const int32_t num_experts = shared.arguments.num_experts;
+    const int32_t depths = shared.arguments.hidden - at.depth;
+    const int32_t experts = block.last_expert - block.first_expert;
+    const int32_t columns = shared.layout.quads * kQuadColumns;
+    const float* router =
+        shared.arguments.router + int64_t{at.depth} * num_experts + block.first_expert;
+    const int32_t lane = device::lane_index();
+    if (shared.vectors()) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int32_t d = i * kWarps + device::warp_index();
+        if (d >= kStageDepth) continue;
+        const float* source = router + d * num_experts;
+        std::byte* target = stage + Layout::router_offset(lane / 8, Lines::row(d), lane % 8);
 #pragma unroll 1
-    for (int32_t d = warp_; d < kStageDepth; d += kWarps) {
+        for (int32_t column = 4 * lane; column < columns; column += 128) {
+          device::async_copy_16(target, source + column, d < depths && column < experts ? 16 : 0);
+          target += 128 / kQuadColumns * Layout::kQuadBytes;
+        }
+      }
+    } else {
 #pragma unroll 1
-      for (int32_t column = device::lane_index(); column < columns; column += device::kWarpSize) {
-        float* chunk = reinterpret_cast<float*>(
-            stage +
-            Layout::router_offset(column / kQuadColumns, Lines::row(d), column % kQuadColumns / 4));
-        const bool exists = d < depths && column < experts;
-        chunk[column % 4] = exists ? router[d * arguments_.num_experts + column] : 0.0f;
+      for (int32_t d = device::warp_index(); d < kStageDepth; d += kWarps) {
+#pragma unroll 1
+        for (int32_t column = lane; column < columns; column += device::kWarpSize) {
+          float* chunk = reinterpret_cast<float*>(
+              stage + Layout::router_offset(column / kQuadColumns, Lines::row(d),
+                                            column % kQuadColumns / 4));
+          const bool exists = d < depths && column < experts;
+          chunk[column % 4] = exists ? router[d * num_experts + column] : 0.0f;
+        }
       }
     }
   }
 
-  const LogitsArguments& arguments_;
-  const LogitsBlock& block_;
-  const RouterLayout<Element>& layout_;
-  int32_t warp_;
-  uint32_t row_target_[kRows];
-  uint32_t token_target_;
+  FLASHMOE_DEVICE void copy_tokens(const RouterPosition& at, std::byte* stage) const {
+    const Layout& layout = shared.layout;
+    const int32_t hidden = shared.arguments.hidden;
+    const int32_t thread_token = device::thread_index() / 4;
+    const int32_t member = device::thread_index() % 4;
+    const int32_t depth = member * Lines::kWidth;
+    const int32_t tokens = shared.block.last_token - at.token;
+    const int32_t full_tiles = (tokens + kTileTokens - 1) / kTileTokens;
+    const int32_t tiles = full_tiles < layout.tiles ? full_tiles : layout.tiles;
+    const Element* x =
+        static_cast<const Element*>(shared.arguments.x) + int64_t{at.token} * hidden + at.depth;
+    std::byte* target = stage + layout.token_offset(thread_token / kTileTokens, 0,
+                                                    thread_token % kTileTokens, member);
+#pragma unroll 1
+    for (int32_t token = thread_token; token < tiles * kTileTokens; token += kThreads / 4) {
+      const Element* source = x + (token * hidden + depth);
+#pragma unroll
+      for (int i = 0; i < Layout::kBlocks; ++i) {
+        const bool exists = token < tokens && at.depth + depth + i * 4 * Lines::kWidth < hidden;
+        device::async_copy_16(target + i * Layout::kBlockBytes, source + i * 4 * Lines::kWidth,
+                              exists ? 16 : 0);
+      }
+      target += kThreads / 4 / kTileTokens * Layout::kTileBytes;
+    }
+  }
 };
 
-template <int kMaxQuads>
-FLASHMOE_DEVICE void store_logits(const LogitsArguments& arguments, const LogitsBlock& block,
-                                  int32_t first_token, int first_quad, int quads,
-                                  const RouterSums<kMaxQuads>& sums) {
-  const bool vectors = arguments.num_experts % 4 == 0;
-  for_each_result(sums, quads, [&](int quad, int token, int column, const FourFloats& four) {
-    token += first_token;
-    const int32_t expert = block.first_expert + (first_quad + quad) * kQuadColumns + column;
-    if (token >= block.last_token) return;
-    float* target = arguments.logits + int64_t{token} * arguments.num_experts + expert;
-    if (vectors && expert < block.last_expert) {
-      *reinterpret_cast<FourFloats*>(target) = four;
-    } else if (!vectors) {
+template <typename Element, int kMaxQuads>
+FLASHMOE_DEVICE void store_logits(const RouterShared<Element>& shared, int32_t first_token,
+                                  int first_quad, const RouterSums<kMaxQuads>& sums) {
+  // This thread's first sum is that of `token` and `expert`.
+  const int32_t token = first_token + device::lane_index() / 4;
+  const int32_t expert =
+      shared.block.first_expert + first_quad * kQuadColumns + device::lane_index() % 4 * 8;
+  const int32_t tokens = shared.block.last_token - token;
+  const int32_t left = shared.block.last_expert - expert;
+  const int32_t columns = shared.quads_from(first_quad) * kQuadColumns;
+  const int32_t experts = left < columns ? left : columns;
+  const int32_t num_experts = shared.arguments.num_experts;
+  const bool vectors = shared.vectors();
+  float* row = shared.arguments.logits + int64_t{token} * num_experts + expert;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (expert + j < block.last_expert) target[j] = four.v[j];
+  for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (16 * m + 8 * half < tokens) {
+#pragma unroll
+        for (int quad = 0; quad < kMaxQuads; ++quad) {
+#pragma unroll
+          for (int part = 0; part < 2; ++part) {
+            const int column = quad * kQuadColumns + 4 * part;
+            const int i = 2 * half + part;
+            const float (&v)[4][4] = sums.v[quad][m];
+            const FourFloats four{{v[0][i], v[1][i], v[2][i], v[3][i]}};
+            if (vectors && column < experts) {
+              *reinterpret_cast<FourFloats*>(row + column) = four;
+            } else if (!vectors) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                if (column + j < experts) row[column + j] = four.v[j];
+              }
+            }
+          }
+        }
       }
+      row += 8 * num_experts;
     }
-  });
+  }
 }
 
 }  // namespace internal
@@ -220,62 +243,69 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
   if (first_token >= last_token || first_expert >= last_expert) return;
   constexpr int kWarps = kThreads / device::kWarpSize;
   constexpr int kMaxQuads = 16 / kWarps + (16 % kWarps != 0);  // 512 experts at once
-  const LogitsBlock block{first_token, last_token, first_expert, last_expert};
-  const int all_quads = (last_expert - first_expert + kQuadColumns - 1) / kQuadColumns;
-  const WarpLayout warps = WarpLayout::of(kWarps, kMaxQuads, last_token - first_token, all_quads);
-  const int pass_tokens = warps.tiles * kTileTokens;
-  const RouterLayout<Element> layout{all_quads, warps.tiles};
-  const int room = (static_cast<int>(shared_bytes) - kRouterStagesOffset) / layout.bytes();
-  const int stages = room < kMaxRouterStages ? room : kMaxRouterStages;
-  device::Mbarrier* full = reinterpret_cast<device::Mbarrier*>(shared);
-  std::byte* first_stage = shared + kRouterStagesOffset;
-  const RouterCopies<Element, kThreads> copies(arguments, block, layout);
-
+  auto& work = *reinterpret_cast<RouterShared<Element>*>(shared);
+  static_assert(sizeof(work) <= kRouterStagesOffset);
+  const RouterCopies<Element, kThreads> copies{work};
   if (device::thread_index() == 0) {
-    for (int i = 0; i < stages; ++i) device::mbarrier_init(&full[i], copies.arrivals());
+    const int quads = (last_expert - first_expert + kQuadColumns - 1) / kQuadColumns;
+    work.arguments = arguments;
+    work.block = {first_token, last_token, first_expert, last_expert};
+    work.warps = WarpLayout::of(kWarps, kMaxQuads, last_token - first_token, quads);
+    work.layout = {quads, work.warps.tiles};
+    const int room = (static_cast<int>(shared_bytes) - kRouterStagesOffset) / work.layout.bytes();
+    work.stages = room < kMaxRouterStages ? room : kMaxRouterStages;
+    for (int i = 0; i < work.stages; ++i) device::mbarrier_init(&work.full[i], copies.arrivals());
     device::fence_mbarrier_init();
   }
   device::block_sync();
 
-  RouterStage copied{.token = first_token};
-  const auto copy_next = [&] {
-    if (copied.token >= last_token) return;
-    copies.copy(copied, first_stage + copied.index * layout.bytes(), &full[copied.index]);
-    copied.next(stages, arguments.hidden, pass_tokens);
+  RouterPosition copied{first_token};
+  const auto advance = [&](RouterPosition& position) {
+    position.advance(work.arguments.hidden, work.warps.tiles * kTileTokens);
   };
-  for (int i = 0; i + 1 < stages; ++i) copy_next();
+  const auto copy_next = [&](int stage) {
+    if (copied.token >= work.block.last_token) return;
+    copies.copy(copied, stage);
+    advance(copied);
+  };
+  for (int stage = 0; stage + 1 < work.stages; ++stage) copy_next(stage);
 
-  const int tile = device::warp_index() / warps.parts;
-  const int first_quad = device::warp_index() % warps.parts * warps.quads;
-  const int quads_left = all_quads - first_quad;
-  const int quads = quads_left < warps.quads ? quads_left : warps.quads;
-  RouterStage at{.token = first_token};
-  while (at.token < last_token) {
+  const int tile = device::warp_index() / work.warps.parts;
+  const int first_quad = device::warp_index() % work.warps.parts * work.warps.quads;
+  RouterPosition at{first_token};
+  int stage = 0;
+  uint32_t parity = 0;
+  while (at.token < work.block.last_token) {
     const int32_t token = at.token + tile * kTileTokens;
-    const bool has_tile = tile < warps.tiles && token < last_token;
+    const bool has_tile = tile < work.warps.tiles && token < work.block.last_token;
     RouterSums<kMaxQuads> sums = {};
     do {
       // After a block_sync all have left the stage before this one: it can be filled again.
-      if (stages == 1) {
+      const int previous = (stage == 0 ? work.stages : stage) - 1;
+      if (work.stages == 1) {
         device::block_sync();
-        copy_next();
+        copy_next(previous);
       }
-      device::mbarrier_wait(&full[at.index], at.parity);
-      if (stages > 1) {
+      device::mbarrier_wait(&work.full[stage], parity);
+      if (work.stages > 1) {
         device::block_sync();
-        copy_next();
+        copy_next(previous);
       }
       if (has_tile) {
-        multiply_stage(layout, first_stage + at.index * layout.bytes(), tile, first_quad, quads,
-                       sums);
+        multiply_stage(work.layout, work.stage(stage), tile, first_quad,
+                       work.quads_from(first_quad), sums);
       }
-      at.next(stages, arguments.hidden, pass_tokens);
+      if (++stage == work.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+      advance(at);
     } while (at.depth != 0);
-    if (has_tile) store_logits(arguments, block, token, first_quad, quads, sums);
+    if (has_tile) store_logits(work, token, first_quad, sums);
   }
   device::block_sync();
   if (device::thread_index() == 0) {
-    for (int i = 0; i < stages; ++i) device::mbarrier_invalidate(&full[i]);
+    for (int i = 0; i < work.stages; ++i) device::mbarrier_invalidate(&work.full[i]);
   }
   device::block_sync();
 }

@@ -32,14 +32,17 @@ struct TileRing {
   device::Mbarrier taken[kTilesAhead];
 };
 
-// By all lanes of a warp that is not the leading producer: the next tile of the CTA.
-FLASHMOE_DEVICE TileWork take_tile(TileRing& ring, PipelinePosition<kTilesAhead>& place) {
-  device::mbarrier_wait(&ring.announced[place.stage], place.full_parity());
-  const TileWork tile = ring.tiles[place.stage];
+// By all lanes of a warp that is not the leading producer: the next tile of the CTA, which stays
+// where it is until it is given back.
+FLASHMOE_DEVICE const TileWork& await_tile(TileRing& ring,
+                                           const PipelinePosition<kTilesAhead>& place) {
+  device::mbarrier_wait(&ring.announced[place.stage()], place.full_parity());
+  return ring.tiles[place.stage()];
+}
+FLASHMOE_DEVICE void give_back_tile(TileRing& ring, PipelinePosition<kTilesAhead>& place) {
   device::warp_sync();
-  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.taken[place.stage]);
+  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.taken[place.stage()]);
   place.advance();
-  return tile;
 }
 
 // Everything about tiles that depends on the engine.
@@ -63,6 +66,10 @@ struct Tiles {
         core::ceil_div(context.shape().intermediate, first_stage_columns()));
   }
 
+  FLASHMOE_DEVICE int32_t depth(const TileWork& tile) const {
+    const core::Shape& shape = context.shape();
+    return tile.kind == core::TileKind::kFirst ? shape.hidden : shape.intermediate;
+  }
   FLASHMOE_DEVICE Product product(const TileWork& tile) const {
     const core::Shape& shape = context.shape();
     const PeArguments& pe = context.pe;
@@ -70,13 +77,13 @@ struct Tiles {
     product.row = tile.block * Engine::kBlockRows;
     product.row_count = tile.rows;
     product.expert = tile.expert;
+    product.depth = depth(tile);
     if (tile.kind == core::TileKind::kFirst) {
       const Operand up{pe.up, &pe.maps.up};
       product.rows = {context.heap<void>(context.rank, context.arguments.heap.recv),
                       &pe.maps.received};
       product.even = gated() ? Operand{pe.gate, &pe.maps.gate} : up;
       product.odd = up;
-      product.depth = shape.hidden;
       product.width = shape.intermediate;
       product.column = tile.column * first_stage_columns();
       product.gated = gated();
@@ -84,7 +91,6 @@ struct Tiles {
       product.rows = {context.workspace<void>(context.arguments.workspace.activated),
                       &pe.maps.activated};
       product.even = product.odd = Operand{pe.down, &pe.maps.down};
-      product.depth = shape.intermediate;
       product.width = shape.hidden;
       product.column = tile.column * Engine::kColumns;
       product.gated = false;
@@ -134,12 +140,12 @@ struct TileProducer {
   }
 
   FLASHMOE_DEVICE void announce(const TileWork& tile, PipelinePosition<kTilesAhead>& place) const {
-    device::mbarrier_wait(&ring.taken[place.stage], place.empty_parity());
+    device::mbarrier_wait(&ring.taken[place.stage()], place.empty_parity());
     // A lane that were late would find the next phase of the barrier and wait for its end.
     device::warp_sync();
     if (device::lane_index() == 0) {
-      ring.tiles[place.stage] = tile;
-      device::mbarrier_arrive(&ring.announced[place.stage]);
+      ring.tiles[place.stage()] = tile;
+      device::mbarrier_arrive(&ring.announced[place.stage()]);
     }
     device::warp_sync();
     place.advance();
@@ -179,9 +185,10 @@ struct TileProducer {
     typename Engine::Producer producer;
     PipelinePosition<kTilesAhead> place;
     for (;;) {
-      const TileWork tile = take_tile(ring, place);
+      const TileWork& tile = await_tile(ring, place);
       if (tile.rows == 0) return;
       producer.load(shared, tiles.product(tile));
+      give_back_tile(ring, place);
     }
   }
 };

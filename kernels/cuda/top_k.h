@@ -45,7 +45,7 @@ struct TopK {
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if (i * kLanes + member == index) keys[i] = 0;
+      if (i * kLanes == index - member) keys[i] = 0;
     }
     return index;
   }

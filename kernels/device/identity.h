@@ -30,14 +30,20 @@ FLASHMOE_DEVICE int block_count() {
 #endif
 }
 
-FLASHMOE_DEVICE int lane_index() { return thread_index() % kWarpSize; }
+FLASHMOE_DEVICE int lane_index() {
+#if FLASHMOE_EMULATED
+  return emulator::thread_index() % kWarpSize;
+#else
+  return static_cast<int>(threadIdx.x % kWarpSize);
+#endif
+}
 
 // Equal in all threads of a warp; the compiler is told so, so that what depends on it is uniform.
 FLASHMOE_DEVICE int warp_index() {
 #if FLASHMOE_EMULATED
   return emulator::thread_index() / kWarpSize;
 #else
-  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x / kWarpSize), 0);
 #endif
 }
 

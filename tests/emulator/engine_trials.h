@@ -88,14 +88,14 @@ struct ReleasesEarly : cuda::Sm90Engine<core::BFloat16, 128> {
     void multiply(Shared& shared, int depth, Accumulators& accumulators) {
       auto& sums = reinterpret_cast<float (&)[kColumns / 2]>(accumulators);
       for (int begin = 0; begin < depth; begin += kStageDepth) {
-        Stage& stage = shared.stages[position.stage];
-        device::mbarrier_wait(&shared.full[position.stage], position.full_parity());
+        Stage& stage = shared.stages[position.stage()];
+        device::mbarrier_wait(&shared.full[position.stage()], position.full_parity());
         device::wgmma_fence();
         device::wgmma<core::BFloat16, kColumns>(
             sums, device::k_major_descriptor(stage.rows),
             device::mn_major_descriptor(stage.weights, sizeof(stage.weights[0])), begin > 0);
         device::wgmma_commit();
-        if (device::lane_index() == 0) device::mbarrier_arrive(&shared.empty[position.stage]);
+        if (device::lane_index() == 0) device::mbarrier_arrive(&shared.empty[position.stage()]);
         position.advance();
       }
       device::wgmma_finish(sums);

@@ -92,15 +92,13 @@ GateAnswer run_gate(const GateProblem& problem, int ctas, uint64_t seed,
       .blocks = ctas, .threads = kThreads, .shared_bytes = shared_bytes, .seed = seed};
   emulator::launch(launch, [&] {
     const int cta = device::block_index();
-    cuda::gate<Element, kThreads>(arguments, arguments.tokens * cta / ctas,
-                                  arguments.tokens * (cta + 1) / ctas, device::shared_memory(),
-                                  shared_bytes);
+    const cuda::TokenRange tokens{arguments.tokens * cta / ctas,
+                                  arguments.tokens * (cta + 1) / ctas};
+    cuda::gate<Element, kThreads>(arguments, tokens, device::shared_memory(), shared_bytes);
     // Whoever comes next may do as it likes with the shared memory.
     device::shared_memory()[device::thread_index()] = std::byte{0};
     device::block_sync();
-    cuda::gate<Element, kThreads>(arguments, arguments.tokens * cta / ctas,
-                                  arguments.tokens * (cta + 1) / ctas, device::shared_memory(),
-                                  shared_bytes);
+    cuda::gate<Element, kThreads>(arguments, tokens, device::shared_memory(), shared_bytes);
   });
   return memory.answer();
 }

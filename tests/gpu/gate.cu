@@ -30,10 +30,10 @@ constexpr size_t kSharedBytes = 160 * 1024;
 template <typename Element, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) gate_kernel(GateArguments arguments) {
   const int64_t tokens = arguments.tokens;
-  cuda::gate<Element, kThreads>(
-      arguments, static_cast<int32_t>(tokens * device::block_index() / device::block_count()),
-      static_cast<int32_t>(tokens * (device::block_index() + 1) / device::block_count()),
-      device::shared_memory(), kSharedBytes);
+  const cuda::TokenRange range{
+      static_cast<int32_t>(tokens * device::block_index() / device::block_count()),
+      static_cast<int32_t>(tokens * (device::block_index() + 1) / device::block_count())};
+  cuda::gate<Element, kThreads>(arguments, range, device::shared_memory(), kSharedBytes);
 }
 
 // Logits of all tokens for 32 experts in each CTA.
