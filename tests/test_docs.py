@@ -59,3 +59,25 @@ def test_every_message_on_the_page_of_errors_exists() -> None:
             words = re.split(r"PEs?|\d+|'\w+'|…|nan|[()]|FLASHMOE_\w+", quoted)
             for part in (word.strip(" :,=") for word in words):
                 assert part in joined or not part, f"{part!r} of {quoted!r}"
+
+
+def test_the_page_of_errors_has_every_failure_of_the_kernel() -> None:
+    cuda = ROOT / "kernels" / "cuda"
+    raised = {
+        name
+        for header in cuda.glob("*.h")
+        if header.name != "workspace.h"
+        for name in re.findall(r"Failure::k(\w+)", header.read_text())
+    }
+    cases = re.findall(
+        r"case Failure::k(\w+):\s*return (.*?);", (cuda / "failure.cc").read_text(), re.DOTALL
+    )
+    page = (ROOT / "docs" / "errors.md").read_text()
+    described = set()
+    for name, message in cases:
+        # What the page quotes of the first literal: numbers stand where the literal ends.
+        text = re.findall(r'"([^"]+)"', message)[0].strip(" (")
+        if text in page:
+            described.add(name)
+    assert "Counts" in raised
+    assert raised <= described, raised - described
