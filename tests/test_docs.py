@@ -1,6 +1,8 @@
 """The examples of the documentation run, in the order of their page."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,36 @@ def test_a_broken_example_fails_at_its_line(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         run(page)
     assert failure.traceback[-1].lineno == 9  # counted from 0
+
+
+def build_site(folder: Path, page: str) -> "subprocess.CompletedProcess[str]":
+    """Builds a site of one page with the settings of `make docs`."""
+    (folder / "docs").mkdir(exist_ok=True)
+    (folder / "docs" / "index.md").write_text(page)
+    (folder / "mkdocs.yml").write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nsite_dir: site\nnav: [index.md]\n"
+    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", folder / "mkdocs.yml"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ("[elsewhere](nowhere.md)", "nowhere.md"),
+        ("[there](#no-such-part)", "no-such-part"),
+        ("::: flashmoe_jax.no_such_function", "no_such_function"),
+    ],
+    ids=["page", "anchor", "name of the API"],
+)
+def test_the_site_is_not_built_with_a_broken_link(
+    tmp_path: Path, fault: str, complaint: str
+) -> None:
+    right = build_site(tmp_path, "# Title\n\n[here](#title)\n\n::: flashmoe_jax.moe\n")
+    assert right.returncode == 0, right.stderr
+    wrong = build_site(tmp_path, f"# Title\n\n{fault}\n")
+    assert wrong.returncode != 0
+    assert complaint in wrong.stderr
 
 
 def test_every_message_on_the_page_of_errors_exists() -> None:
