@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import flashmoe_jax as fm
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -73,6 +75,14 @@ def test_the_site_is_not_built_with_a_broken_link(
     wrong = build_site(tmp_path, f"# Title\n\n{fault}\n")
     assert wrong.returncode != 0
     assert complaint in wrong.stderr
+
+
+def test_the_reference_has_everything_public() -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    named = set(re.findall(r"^::: flashmoe_jax\.(\S+)$", reference, re.MULTILINE))
+    layers = {f"layers.{api}.MoE" for api in ("nnx", "linen")}
+    public = {name for name in fm.__all__ if not name.startswith("__")} - {"MoE"}
+    assert named == public | layers | {"profiling", "runtime"}
 
 
 def test_every_message_on_the_page_of_errors_exists() -> None:
