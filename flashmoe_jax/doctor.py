@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -46,9 +47,9 @@ class Report:
             be loaded.
         trial_error: Largest difference, relative to the largest value, between the fused and the
             dense implementation in a small layer, output and gradients; None: not tried.
-        cuda: NVIDIA driver, the kernel's extension, its GPUs and the memory reserved on them,
-            NVSHMEM found and built for, and what several GPUs lack; a value is None where there is
-            nothing.
+        cuda: NVIDIA driver, the kernel's extension, its GPUs with the memory reserved on them and
+            XLA's share, NVSHMEM found and built for, and what several GPUs lack; a value is None
+            where there is nothing.
     """
 
     verdict: Verdict
@@ -180,6 +181,7 @@ def _cuda() -> dict[str, Any]:
         "gpus": [],
         "nvshmem": None,
         "nvshmem_built_for": None,
+        "nvshmem_symmetric_size": os.environ.get("NVSHMEM_SYMMETRIC_SIZE"),
         "several_gpus": None,
     }
     try:
@@ -208,6 +210,16 @@ def _gpu(module: Any, ordinal: int) -> dict[str, Any]:
         "memory_bytes": total,
         "free_bytes": free,
         "reserved_bytes": module.reserved_bytes(ordinal),
+        "xla_limit_bytes": _xla_limits().get(ordinal),
+    }
+
+
+def _xla_limits() -> dict[int, int | None]:
+    """The most that XLA takes for itself, of each GPU on which JAX computes in this process."""
+    return {
+        device.local_hardware_id: (device.memory_stats() or {}).get("bytes_limit")
+        for device in jax.local_devices()
+        if device.platform in _ffi.CUDA_PLATFORMS
     }
 
 
@@ -220,14 +232,17 @@ def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
     for gpu in cuda["gpus"]:
         gib = {name: gpu[f"{name}_bytes"] / 2**30 for name in ("memory", "free", "reserved")}
         peers = _text(gpu["peers"]) or "none"
+        limit = gpu["xla_limit_bytes"]
+        xla = "" if limit is None else f"at most {limit / 2**30:.1f} for XLA, "
         values[f"GPU {gpu['ordinal']}"] = (
             f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
             f"{gpu['multiprocessors']} multiprocessors, {gib['free']:.1f} of {gib['memory']:.1f} "
-            f"GiB free, {gib['reserved']:.1f} reserved for calls, peer access to: {peers}"
+            f"GiB free, {xla}{gib['reserved']:.1f} reserved for calls, peer access to: {peers}"
         )
     if cuda["nvshmem_built_for"] is not None:
         values["NVSHMEM"] = cuda["nvshmem"]
         values["NVSHMEM built for"] = cuda["nvshmem_built_for"]
+        values["NVSHMEM_SYMMETRIC_SIZE"] = cuda["nvshmem_symmetric_size"] or "not set"
         values["calls over several GPUs"] = cuda["several_gpus"]
     return [f"  {name:28}{value}" for name, value in values.items()]
 

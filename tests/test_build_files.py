@@ -36,14 +36,41 @@ def flags(text: str, pattern: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("package", _CMAKE)
-def test_the_same_sources(package: str) -> None:
-    cmake = {
-        source.removeprefix(f"{package}/") for source in cmake_sources(_CMAKE[package].read_text())
-    }
-    bazel = bazel_sources((ROOT / package / "BUILD.bazel").read_text())
+def assert_the_same_sources(package: str, cmake_text: str, bazel_text: str) -> None:
+    cmake = {source.removeprefix(f"{package}/") for source in cmake_sources(cmake_text)}
+    bazel = bazel_sources(bazel_text)
     assert bazel == cmake
     assert bazel, "nothing was found"
+
+
+def texts(package: str) -> tuple[str, str]:
+    return _CMAKE[package].read_text(), (ROOT / package / "BUILD.bazel").read_text()
+
+
+@pytest.mark.parametrize("package", _CMAKE)
+def test_the_same_sources(package: str) -> None:
+    assert_the_same_sources(package, *texts(package))
+
+
+@pytest.mark.parametrize("package", _CMAKE)
+def test_a_source_that_one_build_lacks_is_found(package: str) -> None:
+    cmake_text, bazel_text = texts(package)
+    for source in bazel_sources(bazel_text):
+        without = re.sub(rf'"{re.escape(source)}",?', "", bazel_text)
+        with pytest.raises(AssertionError):
+            assert_the_same_sources(package, cmake_text, without)
+        without = re.sub(rf"(?<![\w])({package}/)?{re.escape(source)}\b", "", cmake_text)
+        with pytest.raises(AssertionError):
+            assert_the_same_sources(package, without, bazel_text)
+
+
+@pytest.mark.parametrize("package", _CMAKE)
+def test_every_source_is_in_the_build(package: str) -> None:
+    """Sources of the folder that no build names would never be compiled."""
+    named = {ROOT / package / source for source in bazel_sources(texts(package)[1])}
+    folders = {source.parent for source in named}
+    there = {path for folder in folders for path in folder.iterdir()}
+    assert {path for path in there if path.suffix in (".cc", ".cu")} == named
 
 
 def test_the_same_compiler_options() -> None:
@@ -119,10 +146,3 @@ def flags_of_levels(text: str, known: dict[str, list[str]]) -> dict[str, list[st
         assert base is not None
         found[name] = [*known[base[1].lower()], *re.findall(r'"(-m[\w=-]+)"', options)]
     return found
-
-
-@pytest.mark.parametrize("package", _CMAKE)
-def test_a_source_that_only_one_names_is_found(package: str) -> None:
-    text = (ROOT / package / "BUILD.bazel").read_text()
-    without = re.sub(r'"[\w/]+\.cc"', '""', text, count=1)
-    assert bazel_sources(without) != bazel_sources(text)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,7 +132,13 @@ def cuda_lines() -> list[str]:
 def test_a_gpu() -> None:
     report = doctor.examine()
     assert report.cuda["gpus"] == [
-        {**GPU, "memory_bytes": 4 * 2**30, "free_bytes": 3 * 2**30, "reserved_bytes": 2**29}
+        {
+            **GPU,
+            "memory_bytes": 4 * 2**30,
+            "free_bytes": 3 * 2**30,
+            "reserved_bytes": 2**29,
+            "xla_limit_bytes": None,
+        }
     ]
     found = dict(line.strip().split("  ", maxsplit=1) for line in cuda_lines())
     found = {name: value.strip() for name, value in found.items()}
@@ -143,7 +150,46 @@ def test_a_gpu() -> None:
     )
     assert found["NVSHMEM"] == "3.8.0"
     assert found["NVSHMEM built for"] == "3.3.24"
+    assert found["NVSHMEM_SYMMETRIC_SIZE"] == "not set"
     assert found["calls over several GPUs"] == "possible"
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_memory_of_xla_and_of_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(
+        platform="gpu", local_hardware_id=0, memory_stats=lambda: {"bytes_limit": 3 * 2**30}
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setenv("NVSHMEM_SYMMETRIC_SIZE", "2G")
+    found = doctor._cuda()
+    assert found["gpus"][0]["xla_limit_bytes"] == 3 * 2**30
+    lines = "\n".join(doctor._cuda_lines(found))
+    assert "3.0 of 4.0 GiB free, at most 3.0 for XLA, 0.5 reserved for calls" in lines
+    assert lines.splitlines()[-2].split() == ["NVSHMEM_SYMMETRIC_SIZE", "2G"]
+
+
+def test_a_process_with_several_gpus(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(_ffi, "_cuda_extension", lambda: cuda)
+    device = SimpleNamespace(platform="gpu", local_hardware_id=0, memory_stats=dict)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device, device])
+    found = doctor._cuda()
+    assert "this process has 2 GPUs" in found["several_gpus"]
+    assert "one per GPU and call jax.distributed.initialize" in found["several_gpus"]
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert doctor._cuda()["several_gpus"] == "possible"
+
+
+def test_a_driver_that_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.159.04\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert doctor._nvidia_driver() == "580.159.04"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert doctor._nvidia_driver() is None
 
 
 def test_a_cuda_extension_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:

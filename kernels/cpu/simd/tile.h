@@ -12,7 +12,17 @@ inline constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 inline constexpr int kTileRows = kRegisters == 32 || kLanes == 8 ? 6 : 4;
 inline constexpr int kTileColumns = kTileVectors * kLanes;
 
-inline Vector multiply_add(Vector sum, float a, Vector b) { return sum + a * b; }
+// With one rounding where the instruction set can. Left to the compiler that would depend on the
+// size of the tile: recent versions of GCC do not fuse short chains of 256-bit sums.
+inline Vector multiply_add(Vector sum, float a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
+#else
+  return sum + a * b;
+#endif
+}
 #if defined(__AVX512BF16__)
 inline Vector multiply_add(Vector sum, Pair a, Words b) {
   return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, Words{} + a),
