@@ -62,6 +62,7 @@ emulator-build: venv
 	@echo "==> Emulator"
 	@CXX=$$(tools/find_compiler.sh) && export CXX && cmake -G Ninja -S . -B build/emulator \
 	    -DFLASHMOE_PYTHON_MODULES=OFF -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_CUDA=OFF \
+	    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
 	    -DFLASHMOE_WERROR=$(if $(filter 1,$(WERROR)),ON,OFF) \
 	    -DFLASHMOE_FFI_INCLUDE_DIR="$$($(BIN)/python tools/fetch_ffi_headers.py)" \
 	    -DPython_EXECUTABLE=$(BIN)/python
@@ -70,6 +71,7 @@ emulator-build: venv
 emulator-test: emulator-build  ## run the CUDA kernel in the emulator, on the CPU
 	build/emulator/tests/emulator/emulator_tests --jobs=$(PYTEST_WORKERS)
 	build/emulator/tests/emulator/kernel_tests --jobs=$(PYTEST_WORKERS)
+	$(BIN)/python tools/plant_kernel_faults.py build/emulator --jobs=$(PYTEST_WORKERS)
 
 emulator-soak: emulator-build  ## the same with 20,000 schedules of each protocol case (hours)
 	build/emulator/tests/emulator/kernel_tests --jobs=$$(nproc) --schedules=20000 schedules $(ARGS)

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Plants faults in a copy of the CUDA kernel, one at a time, and proves that its tests find each.
+
+    tools/plant_kernel_faults.py build/emulator [--jobs N] [name ...]
+
+Needs a build folder in which `kernel_tests` was built. Of a copy with a fault only the sources that
+have kernels are compiled again. Exit status 1 if a fault is not found, or the right kernel fails.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST = "kernel_tests"
+# The cases that are run on every copy, and how many schedules of each.
+CASES = ("schedules: any layer", "schedules: epochs")
+SCHEDULES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """An edit of one source."""
+
+    name: str
+    source: str
+    right: str  # occurs once in the source
+    wrong: str
+
+
+FAULTS = (
+    Fault(
+        "no release before arrived",
+        "kernels/cuda/dispatch.h",
+        "    context.fence_before_signal();\n",
+        "",
+    ),
+    Fault(
+        "no acquire after arrived",
+        "kernels/cuda/tiles.h",
+        "      return wait_for_count<device::Scope::kSystem>(\n"
+        "          context, context.arrived(context.rank, tile.block), "
+        "static_cast<uint64_t>(tile.rows),\n"
+        "          Failure::kRows, tile.block);\n",
+        "      const auto wanted = static_cast<uint64_t>(tile.rows);\n"
+        "      const uint64_t* arrived = context.arrived(context.rank, tile.block);\n"
+        "      return wait_until(\n"
+        "          context, Failure::kRows, tile.block, wanted,\n"
+        "          [&] { return device::load_relaxed<device::Scope::kSystem>(arrived); },\n"
+        "          [&](uint64_t seen) { return seen >= wanted; });\n",
+    ),
+    Fault(
+        "arrived not reset",
+        "kernels/cuda/kernel.h",
+        "        device::store_relaxed<Scope::kSystem>("
+        "context.arrived(context.rank, block), uint64_t{0});\n",
+        "",
+    ),
+    Fault(
+        "counts of one parity",
+        "kernels/cuda/context.h",
+        "const int32_t row = core::parity(epoch) * s.num_pes + source;",
+        "const int32_t row = source;",
+    ),
+    Fault(
+        "no proxy fence before TMA reads",
+        "kernels/cuda/tiles.h",
+        "      device::fence_proxy_async();\n",
+        "",
+    ),
+    Fault(
+        "stage reused one iteration early",
+        "kernels/cuda/engine_sm90.h",
+        "if (begin > 0) release(shared, previous);",
+        "release(shared, position.stage());",
+    ),
+    Fault(
+        "second stage does not wait for the last first-stage tile",
+        "kernels/cuda/tiles.h",
+        "static_cast<uint64_t>(first_stage_tiles()) * kPiecesOfTile",
+        "static_cast<uint64_t>(first_stage_tiles() - 1) * kPiecesOfTile",
+    ),
+    Fault(
+        "tickets in reverse order",
+        "kernels/cuda/tiles.h",
+        "order.at(ticket)",
+        "order.at(count - 1 - ticket)",
+    ),
+    Fault(
+        "combine one piece early",
+        "kernels/cuda/combine.h",
+        "uint64_t{pieces} * device::count_bits(mask),",
+        "uint64_t{pieces} * device::count_bits(mask) - (mask != 0),",
+    ),
+    Fault(
+        "results returned to the neighbouring slot",
+        "kernels/cuda/expert.h",
+        "             int64_t{origin.slot} * width;",
+        "             (int64_t{origin.slot} ^ 1) * width;",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the tests say of a copy."""
+
+    passed: bool
+    seconds: float
+    says: str  # the first failure
+
+
+class Copies:
+    """Copies of the sources, compiled as the build folder says."""
+
+    def __init__(self, build: Path, folder: Path) -> None:
+        self.build = build
+        self.folder = folder
+        commands = [
+            shlex.split(entry["command"])
+            for entry in json.loads((build / "compile_commands.json").read_text())
+            if f"{TEST}.dir" in entry["output"]
+        ]
+        self.commands = {command[command.index("-o") + 1]: command for command in commands}
+        if not self.commands:
+            raise SystemExit(f"{build} has no {TEST}: run `make emulator-build` first")
+
+    def run(self, fault: Fault | None, number: int) -> Verdict:
+        """Tests a copy of its own with that fault, or without any."""
+        started = time.monotonic()
+        sources = self.folder / str(number)
+        for part in ("kernels", "tests"):
+            shutil.copytree(ROOT / part, sources / part)
+        if fault is not None:
+            plant(fault, sources)
+        program = self.compile(sources)
+        result = subprocess.run(
+            [program, f"--schedules={SCHEDULES}", *CASES],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        shutil.rmtree(sources)
+        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        return Verdict(
+            result.returncode == 0, time.monotonic() - started, failed[0] if failed else ""
+        )
+
+    def compile(self, sources: Path) -> Path:
+        """Builds the test program of a copy, with the other objects of the build folder."""
+        objects = {}
+        for output, command in self.commands.items():
+            compiled = sources / Path(output).name
+            objects[output] = str(compiled)
+            mine = [part.replace(str(ROOT), str(sources)) for part in command]
+            mine[mine.index("-o") + 1] = str(compiled)
+            subprocess.run(mine, check=True)
+        link = subprocess.run(
+            ["ninja", "-C", str(self.build), "-t", "commands", "-s", f"tests/emulator/{TEST}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        program = sources / TEST
+        command = shlex.split(link.strip())
+        command = command[command.index("&&") + 1 : len(command) - command[::-1].index("&&") - 1]
+        command[command.index("-o") + 1] = str(program)
+        if not objects.keys() <= set(command):
+            raise SystemExit(f"the link command of {TEST} lacks objects that were compiled for it")
+        command = [objects.get(part, part) for part in command]
+        subprocess.run(command, check=True, cwd=self.build)
+        return program
+
+
+def plant(fault: Fault, sources: Path) -> None:
+    """Edits a copy. Exits if what is to be changed is not there exactly once."""
+    path = sources / fault.source
+    text = path.read_text()
+    if text.count(fault.right) != 1:
+        raise SystemExit(
+            f"{fault.name}: {fault.source} has {text.count(fault.right)} times what is to be "
+            f"changed, {fault.right!r}; adapt {Path(__file__).name}"
+        )
+    path.write_text(text.replace(fault.right, fault.wrong))
+
+
+def main() -> int:
+    """Tests the copies and prints what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("build", type=Path, help="the build folder of the emulator's tests")
+    parser.add_argument("--jobs", type=int, default=1, help="copies at a time")
+    parser.add_argument("names", nargs="*", help="parts of the names of the faults; all without")
+    arguments = parser.parse_args()
+    wanted = [
+        fault
+        for fault in FAULTS
+        if not arguments.names or any(name in fault.name for name in arguments.names)
+    ]
+    if not wanted:
+        parser.error("no fault has such a name")
+    missed = 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
+    ):
+        copies = Copies(arguments.build.resolve(), Path(folder))
+        runs = [
+            (fault, pool.submit(copies.run, fault, number))
+            for number, fault in enumerate([None, *wanted])
+        ]
+        for fault, run in runs:
+            verdict = run.result()
+            good = verdict.passed == (fault is None)
+            missed += not good
+            name = "the kernel as it is" if fault is None else fault.name
+            outcome = "passed" if verdict.passed else "found"
+            print(f"{'  ' if good else '! '}{outcome:6} {verdict.seconds:6.1f} s  {name}")
+            if verdict.says:
+                print(f"           {verdict.says[:300]}")
+            sys.stdout.flush()
+    print(f"{len(runs) - missed} of {len(runs)} as it must be")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
