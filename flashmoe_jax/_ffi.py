@@ -72,6 +72,16 @@ def unavailable_reason(platform: str) -> str | None:
     return None
 
 
+def why_not_by_default(platform: str) -> str | None:
+    """Why "auto" does not choose the fused implementation on `platform`, or None if it may."""
+    if platform in CUDA_PLATFORMS:
+        return (
+            "the CUDA kernel is experimental until it has been proven through JAX; "
+            "implementation='fused' asks for it"
+        )
+    return None
+
+
 def _why_not_cuda() -> str | None:
     module = _cuda_extension()
     if isinstance(module, ImportError):

@@ -104,8 +104,8 @@ def moe(
         token_axes: Mesh axes over which the tokens are sharded, major first, expert_axis among
             them. None: those of "data" and expert_axis that the mesh has.
         implementation: "fused" (the custom call), "xla" (XLA collectives, every platform), "dense"
-            (the oracle: every expert computes every token), or "auto": fused if this platform
-            has it, else xla, with a warning that says why.
+            (the oracle: every expert computes every token), or "auto": fused on CPUs if it is
+            there, else xla, with a warning that says why.
         key: Random key of the router's jitter; None: no jitter.
         mask: [...] bool; the routed experts ignore a token where it is False. None: all tokens.
 
@@ -138,6 +138,7 @@ def moe(
         config=config,
         sharding=sharding,
         implementation=implementation,
+        site=_site(implementation, sharding, (x, params, routing, mask)),
     )
 
 
@@ -187,18 +188,23 @@ def moe_local(
             "implementation='dense' computes on global arrays; use 'xla' here, or moe outside of "
             "the shard_map"
         )
+    sharding = _Sharding(mesh, expert_axis, tuple(token_axes))
+    implementation = _choose_implementation(implementation, mesh, x.dtype, config, num_pes)
     return _moe_shard(
         _Tokens(x, routing, mask),
         params,
         key,
         config=config,
-        sharding=_Sharding(mesh, expert_axis, tuple(token_axes)),
-        implementation=_choose_implementation(implementation, mesh, x.dtype, config, num_pes),
+        sharding=sharding,
+        implementation=implementation,
         group_tokens=num_pes * math.prod(x.shape[:-1]),
+        site=_site(implementation, sharding, (x, params, routing, mask)),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sharding", "implementation"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("config", "sharding", "implementation", "site"), inline=True
+)
 def _moe(
     tokens: _Tokens,
     params: MoEParams,
@@ -207,12 +213,13 @@ def _moe(
     config: MoEConfig,
     sharding: _Sharding,
     implementation: Implementation,
+    site: object | None,
 ) -> tuple[jax.Array, MoEAux]:
     """`moe` after validation. Jitted, so that an eager call is compiled, and only once."""
     x, shards = tokens.x, sharding.token_shards
     num_tokens = math.prod(x.shape[:-1])
     compute: Callable[..., tuple[jax.Array, MoEAux]] = functools.partial(
-        _moe_shard, implementation=implementation
+        _moe_shard, implementation=implementation, site=site
     )
     if implementation == "dense":
         compute, params = _moe_dense, _replicate(params)
@@ -254,6 +261,7 @@ def _moe_shard(
     sharding: _Sharding,
     implementation: Implementation,
     group_tokens: int,
+    site: object | None,
 ) -> tuple[jax.Array, MoEAux]:
     """The layer on one device: inside a fully manual shard_map, or anywhere without a mesh."""
     shape = tokens.x.shape
@@ -268,6 +276,7 @@ def _moe_shard(
         tokens_per_pe=x.shape[0],
         group_tokens=group_tokens,
         caller_routing=tokens.routing is not None,
+        site=site,
     )
     y, dropped, routing = _computed(implementation, tokens, params, key, call, sharding)
     if params.shared is not None:
@@ -296,8 +305,8 @@ def _computed(
             unrouted = tokens.x, tokens.mask, dataclasses.replace(params, shared=None)
             if axis is not None:
                 unrouted = _vary_alike(unrouted, axis)
-            return routed_cuda_local(*unrouted, call, mesh=sharding.mesh)
-        compute = functools.partial(fused_cuda_local, mesh=sharding.mesh)
+            return routed_cuda_local(*unrouted, call)
+        compute = fused_cuda_local
     elif implementation == "fused":
         from flashmoe_jax.fused import fused_local  # Loads the extension of the CPU engine.
 
@@ -455,7 +464,9 @@ def _choose_implementation(
         )
     if implementation in ("xla", "dense"):
         return implementation
-    reason = _why_not_fused(_platform(mesh), dtype, config, num_pes)
+    platform = _platform(mesh)
+    reason = _ffi.why_not_by_default(platform) if implementation == "auto" else None
+    reason = reason or _why_not_fused(platform, dtype, config, num_pes)
     if reason is None:
         return "fused"
     if implementation == "fused":
@@ -475,6 +486,16 @@ def _why_not_fused(platform: str, dtype: jnp.dtype, config: MoEConfig, num_pes: 
 
         reason = fused_cuda.why_not(config, dtype, num_pes)
     return reason
+
+
+def _site(implementation: Implementation, sharding: _Sharding, operands: Any) -> object | None:
+    """For `LocalCall.site`: every call that spans GPUs and is traced gets one of its own.
+
+    An eager call has none, since it would be compiled each time.
+    """
+    spans_gpus = sharding.num_pes > 1 and _platform(sharding.mesh) in _ffi.CUDA_PLATFORMS
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands))
+    return object() if implementation == "fused" and spans_gpus and traced else None
 
 
 @functools.cache

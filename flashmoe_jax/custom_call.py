@@ -16,11 +16,21 @@ def custom_call(
 ) -> list[jax.Array]:
     """Calls the handler registered as `target`, once for all PEs, so never under `vmap`."""
 
-    @jax.custom_batching.custom_vmap
-    def call(*operands: jax.Array) -> list[jax.Array]:
-        return list(jax.ffi.ffi_call(target, results)(*operands, **attributes))
+    def call(*operands: jax.Array) -> Any:
+        return jax.ffi.ffi_call(target, results)(*operands, **attributes)
 
-    @call.def_vmap
+    made: list[jax.Array] = refuse_vmap(call)(*operands)
+    return made
+
+
+def refuse_vmap(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, whose results become a list, with a clear error under `vmap`."""
+
+    @jax.custom_batching.custom_vmap
+    def wrapped(*operands: jax.Array) -> list[jax.Array]:
+        return list(call(*operands))
+
+    @wrapped.def_vmap
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(
             "vmap over flashmoe_jax.moe with implementation='fused': one call is one exchange "
@@ -28,7 +38,7 @@ def custom_call(
             "([..., H] is allowed), loop with jax.lax.map, or use implementation='xla'"
         )
 
-    return call(*operands)
+    return wrapped
 
 
 def on_collective_stream(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         verdict: In two words.
-        reasons: What is broken, or why the fused implementation does not run; empty if it does.
+        reasons: What is broken, or why "auto" does not take the fused implementation; else empty.
         versions: Of Python and of the packages that matter; None: not installed.
         devices: The platform of JAX's default devices, how many there are, and in how many
             processes.
@@ -80,8 +80,9 @@ def examine() -> Report:
     reasons, engine, error = [], {}, None
     broken = False
     reason = _ffi.unavailable_reason(jax.default_backend())
-    if reason is not None:
-        reasons.append(reason)
+    not_chosen = reason or _ffi.why_not_by_default(jax.default_backend())
+    if not_chosen is not None:
+        reasons.append(not_chosen)
     try:
         engine = {
             **_ffi.extension().settings(),
@@ -106,7 +107,7 @@ def examine() -> Report:
     verdict: Verdict = "fused runs"
     if broken:
         verdict = "broken"
-    elif reason is not None:
+    elif not_chosen is not None:
         verdict = "another implementation runs"
     return Report(
         verdict=verdict,

@@ -4,56 +4,24 @@ The kernel computes the forward pass. Gradients are those of the XLA implementat
 inputs and the same choice of experts.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 
 from flashmoe_jax import _ffi, runtime
 from flashmoe_jax.config import MoEConfig, deadline_seconds
-from flashmoe_jax.custom_call import (
-    ACTIVATIONS,
-    custom_call,
-    on_collective_stream,
-    or_empty,
-    result,
-)
+from flashmoe_jax.cuda_call import KernelCall, call_kernel
+from flashmoe_jax.custom_call import on_collective_stream, or_empty, result
 from flashmoe_jax.local_call import LocalCall
 from flashmoe_jax.params import MoEParams
 from flashmoe_jax.reference.xla import xla_local
 from flashmoe_jax.routing import Routing, route_from
 
-
-@dataclasses.dataclass(frozen=True)
-class _Statics:
-    """What is known of a call when it is traced, hashable."""
-
-    call: LocalCall
-    reservation: int
-    deadline_seconds: float
-    routes: bool
-
-    def attributes(self) -> dict[str, Any]:
-        """The attributes of the custom call; their types are those of the C++ CallAttributes."""
-        config = self.call.config
-        router = config.router
-        return {
-            "reservation": np.int64(self.reservation),
-            "activation": np.int64(ACTIVATIONS.index(config.activation)),
-            "deadline_seconds": np.float64(self.deadline_seconds),
-            "check_weights": np.bool_(self.call.check_routing),
-            "routes": np.bool_(self.routes),
-            "softmax": np.bool_(router.score == "softmax"),
-            "renormalize": np.bool_(router.renormalize),
-            "scaling_factor": np.float64(router.scaling_factor),
-            "num_groups": np.int64(router.num_groups),
-            "groups_per_token": np.int64(router.groups_per_token),
-        }
+# With these values of jax_default_matmul_precision, float32 products may be TF32.
+_TF32_PRECISIONS = ("default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
 
 
 def why_not(config: MoEConfig, dtype: jax.typing.DTypeLike, num_pes: int) -> str | None:
@@ -78,7 +46,7 @@ def why_not(config: MoEConfig, dtype: jax.typing.DTypeLike, num_pes: int) -> str
             f"the CUDA kernel takes expert groups of at most {limits['num_pes']} devices, and this "
             f"one has {num_pes}"
         )
-    return _ffi.why_not_several_gpus() if num_pes > 1 else None
+    return runtime.why_not_several_gpus() if num_pes > 1 else None
 
 
 def fused_cuda_local(
@@ -87,8 +55,6 @@ def fused_cuda_local(
     weights: jax.Array,
     params: MoEParams,
     call: LocalCall,
-    *,
-    mesh: Mesh | AbstractMesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The experts' part of the layer on this PE's tokens; see `reference.xla.xla_local`.
 
@@ -98,15 +64,14 @@ def fused_cuda_local(
         weights: Weight of each slot, [T, K] float32.
         params: Local experts, El = E / P of them, in the dtype of x.
         call: The call.
-        mesh: That of the surrounding shard_map; None without one.
 
     Returns:
         y [T, H] in the dtype of x, and the number [] int32 of this PE's rows that were dropped.
 
     Raises:
-        ValueError: The symmetric heap would not fit into memory.
+        ValueError: The symmetric heap would not fit into the memory of a GPU.
     """
-    y, dropped = _experts(_prepare(call, x, mesh, routes=False), x, indices, weights, params)
+    y, dropped = _experts(_prepare(call, x, routes=False), x, indices, weights, params)
     return y, dropped[0]
 
 
@@ -115,8 +80,6 @@ def routed_cuda_local(
     mask: jax.Array | None,
     params: MoEParams,
     call: LocalCall,
-    *,
-    mesh: Mesh | AbstractMesh | None,
 ) -> tuple[jax.Array, jax.Array, Routing]:
     """The layer with its router, both in the kernel: as `route_from`, then `fused_cuda_local`.
 
@@ -125,37 +88,31 @@ def routed_cuda_local(
         mask: [T] bool; a token where it is False is routed nowhere. None: all tokens are routed.
         params: Router, selection bias, and local experts.
         call: The call.
-        mesh: That of the surrounding shard_map; None without one.
 
     Returns:
         y and dropped as from `fused_cuda_local`, and the routing.
 
     Raises:
-        ValueError: The symmetric heap would not fit into memory.
+        ValueError: The symmetric heap would not fit into the memory of a GPU.
     """
-    statics = _prepare(call, x, mesh, routes=True)
-    y, dropped, logits, indices, weights = _routed_experts(statics, x, mask, params)
+    results = _routed_experts(_prepare(call, x, routes=True), x, mask, params)
+    y, dropped, logits, indices, weights = results
     return y, dropped[0], Routing(indices, weights, logits)
 
 
-def _prepare(
-    call: LocalCall, x: jax.Array, mesh: Mesh | AbstractMesh | None, *, routes: bool
-) -> _Statics:
+def _prepare(call: LocalCall, x: jax.Array, *, routes: bool) -> KernelCall:
     _ffi.register_cuda()
-    return _Statics(
-        call=call,
-        reservation=runtime.reserve(call, x.shape[0], x.dtype, mesh),
-        deadline_seconds=deadline_seconds(call.config),
-        routes=routes,
-    )
+    exact = jax.config.jax_default_matmul_precision not in _TF32_PRECISIONS
+    runtime.check_memory(call, x.shape[0], x.dtype, exact=exact)
+    return KernelCall(call, exact, deadline_seconds(call.config), routes)
 
 
-def _call_kernel(
-    statics: _Statics,
+def _forward(
+    kernel: KernelCall,
     x: jax.Array,
     params: MoEParams,
     routing: tuple[jax.Array, ...],
-    made: list[Any],
+    made: tuple[Any, ...],
 ) -> list[jax.Array]:
     """Y [T, H], dropped [1], and the results `made` of the gate."""
     parts = (
@@ -167,38 +124,31 @@ def _call_kernel(
         params.down_bias,
     )
     operands = (x, *(or_empty(part, x, x.dtype) for part in parts), *routing)
-    results = [result(x, x.shape, x.dtype), result(x, (1,), jnp.int32), *made]
-    call: Callable[..., list[jax.Array]] = functools.partial(
-        _forward_call, results, statics.attributes()
-    )
-    if statics.call.num_pes > 1:
-        call = on_collective_stream(call)
-    return call(*operands)
+    results = (result(x, x.shape, x.dtype), result(x, (1,), jnp.int32), *made)
 
-
-def _forward_call(
-    results: list[Any], attributes: dict[str, Any], *operands: jax.Array
-) -> list[jax.Array]:
-    return custom_call("flashmoe_forward", results, attributes, operands)
+    run: Callable[..., list[jax.Array]] = functools.partial(call_kernel, kernel, results)
+    if kernel.call.num_pes > 1:
+        run = on_collective_stream(run)
+    return run(*operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(
-    statics: _Statics, x: jax.Array, indices: jax.Array, weights: jax.Array, params: MoEParams
+    kernel: KernelCall, x: jax.Array, indices: jax.Array, weights: jax.Array, params: MoEParams
 ) -> tuple[jax.Array, jax.Array]:
-    y, dropped = _call_kernel(statics, x, params, (indices, weights), [])
+    y, dropped = _forward(kernel, x, params, (indices, weights), ())
     return y, dropped
 
 
-def _experts_forward(statics: _Statics, *operands: Any) -> Any:
-    return _experts(statics, *operands), operands
+def _experts_forward(kernel: KernelCall, *operands: Any) -> Any:
+    return _experts(kernel, *operands), operands
 
 
-def _experts_backward(statics: _Statics, operands: Any, gradients: Any) -> Any:
+def _experts_backward(kernel: KernelCall, operands: Any, gradients: Any) -> Any:
     x, indices, weights, params = operands
 
     def layer(x: jax.Array, weights: jax.Array, params: MoEParams) -> jax.Array:
-        return xla_local(x, indices, weights, params, statics.call)[0]
+        return xla_local(x, indices, weights, params, kernel.call)[0]
 
     _, pull_back = jax.vjp(layer, x, weights, params)
     dx, d_weights, d_params = pull_back(gradients[0])
@@ -210,10 +160,10 @@ _experts.defvjp(_experts_forward, _experts_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed_experts(
-    statics: _Statics, x: jax.Array, mask: jax.Array | None, params: MoEParams
+    kernel: KernelCall, x: jax.Array, mask: jax.Array | None, params: MoEParams
 ) -> tuple[jax.Array, ...]:
     """Y, dropped, logits [T, E], indices [T, K] and weights [T, K]."""
-    config = statics.call.config
+    config = kernel.call.config
     bias = params.selection_bias
     gate = (
         params.router.astype(jnp.float32),
@@ -221,25 +171,25 @@ def _routed_experts(
         or_empty(None if mask is None else mask.astype(jnp.uint8), x, jnp.uint8),
     )
     tokens, slots = x.shape[0], config.experts_per_token
-    made = [
+    made = (
         result(x, (tokens, config.num_experts), jnp.float32),
         result(x, (tokens, slots), jnp.int32),
         result(x, (tokens, slots), jnp.float32),
-    ]
-    return tuple(_call_kernel(statics, x, params, gate, made))
+    )
+    return tuple(_forward(kernel, x, params, gate, made))
 
 
 def _routed_experts_forward(
-    statics: _Statics, x: jax.Array, mask: jax.Array | None, params: MoEParams
+    kernel: KernelCall, x: jax.Array, mask: jax.Array | None, params: MoEParams
 ) -> Any:
-    results = _routed_experts(statics, x, mask, params)
+    results = _routed_experts(kernel, x, mask, params)
     indices = results[3]
     return results, (x, mask, params, indices)
 
 
-def _routed_experts_backward(statics: _Statics, saved: Any, gradients: Any) -> Any:
+def _routed_experts_backward(kernel: KernelCall, saved: Any, gradients: Any) -> Any:
     x, mask, params, indices = saved
-    call = statics.call
+    call = kernel.call
 
     # Chosen again, experts whose scores are almost equal might change places.
     def layer(x: jax.Array, params: MoEParams) -> tuple[jax.Array | None, ...]:

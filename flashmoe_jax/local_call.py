@@ -16,6 +16,8 @@ class LocalCall:
         capacity: Rows that one expert keeps; None: dropless.
         max_rows: Rows that one PE accepts at most, never more than its worst case.
         check_routing: The routing came from the caller and may be invalid.
+        site: Tells this call from others that were traced apart, and is equal only to itself. None
+            where nobody needs that.
     """
 
     config: MoEConfig
@@ -24,6 +26,7 @@ class LocalCall:
     capacity: int | None
     max_rows: int
     check_routing: bool
+    site: object | None = None
 
     @property
     def local_experts(self) -> int:
@@ -70,6 +73,7 @@ def local_call(
     tokens_per_pe: int,
     group_tokens: int,
     caller_routing: bool,
+    site: object | None = None,
 ) -> LocalCall:
     """The call of one expert-parallel group.
 
@@ -80,6 +84,7 @@ def local_call(
         tokens_per_pe: T, padding included.
         group_tokens: Tokens of all PEs of the group, without padding; they set the capacity.
         caller_routing: The routing is the caller's: a token may name an expert more than once.
+        site: See `LocalCall`.
     """
     local_experts = config.num_experts // num_pes
     slots = config.experts_per_token
@@ -94,4 +99,5 @@ def local_call(
         capacity=config.capacity(group_tokens),
         max_rows=max_rows,
         check_routing=caller_routing,
+        site=site,
     )

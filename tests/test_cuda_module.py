@@ -79,11 +79,6 @@ def test_a_type_that_the_kernel_does_not_compute(cuda: ModuleType) -> None:
         sizes(cuda, dtype="float64")
 
 
-def test_several_pes_before_nvshmem(cuda: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match="NVSHMEM has not been started"):
-        cuda.reserve(sizes(cuda, num_pes=2), 0, 0, [0, 1])
-
-
 def test_an_nvshmem_that_is_not_there(cuda: ModuleType) -> None:
     message = r"could not be loaded \(/nowhere/libnvshmem_host.so.3: .*pip install nvidia-nvshmem"
     with pytest.raises(RuntimeError, match=message):

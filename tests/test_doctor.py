@@ -209,6 +209,21 @@ def test_a_cuda_extension_that_the_gpu_needs(monkeypatch: pytest.MonkeyPatch) ->
     assert "libcudart is missing" in report.reasons[0]
 
 
+@pytest.mark.usefixtures("cuda")
+def test_a_gpu_whose_kernel_is_tried_but_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(doctor, "_trial_error", lambda: 1e-6)
+    report = doctor.examine()
+    assert report.verdict == "another implementation runs"
+    assert report.reasons == (
+        "the CUDA kernel is experimental until it has been proven through JAX; "
+        "implementation='fused' asks for it",
+    )
+    assert report.trial_error == 1e-6
+    monkeypatch.setattr(doctor, "_trial_error", lambda: 1.0)
+    assert doctor.examine().verdict == "broken"
+
+
 def test_a_driver_and_an_nvshmem_that_do_not_fit(
     cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,13 @@
-// The extension of the CUDA kernel: its XLA handlers, and the memory that Python reserves for calls
-// while it traces them. It imports on a machine without a GPU, to say so.
+// The extension of the CUDA kernel: its XLA handlers, and what Python asks of their state. It
+// imports on a machine without a GPU, to say so.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -161,21 +159,11 @@ void bind_runtime(nb::module_& m) {
       "sizes"_a, "gpu"_a,
       "Bytes of the symmetric heap and of the workspace of a PE, rows of its receive buffer.");
   m.def(
-      "reserve",
-      [](const cuda::CallSizes& sizes, int32_t gpu, int32_t rank, std::vector<int32_t> processes) {
-        std::optional<cuda::Group> group;
-        if (sizes.num_pes > 1) group = cuda::Group{rank, std::move(processes)};
-        return Runtime::instance().reserve(sizes, gpu, group);
-      },
-      "sizes"_a, "gpu"_a, "rank"_a, "processes"_a, nb::call_guard<nb::gil_scoped_release>(),
-      "Makes room for calls; what names it in their attributes. `processes` are those of the "
-      "expert group, in which this one is `rank`; collective where they are several.");
-  m.def(
       "failures", [] { return Runtime::instance().failures(); },
       nb::call_guard<nb::gil_scoped_release>(), "Waits for the GPUs; how their calls failed.");
   m.def(
       "reset", [] { Runtime::instance().reset(); }, nb::call_guard<nb::gil_scoped_release>(),
-      "Makes all symmetric heaps anew. Collective once NVSHMEM has started.");
+      "Frees all symmetric heaps. Collective once NVSHMEM has started.");
   m.def(
       "reserved_bytes", [](int32_t gpu) { return Runtime::instance().reserved_bytes(gpu); },
       "gpu"_a);

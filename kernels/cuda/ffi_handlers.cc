@@ -2,21 +2,27 @@
 
 #include <cuda_runtime_api.h>
 
-#include <bit>
 #include <cstdint>
 #include <exception>
-#include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "kernels/cuda/runtime.h"
 
 namespace flashmoe::cuda {
 
-// The attributes of a call; flashmoe_jax/fused_cuda.py gives them. Those of the gate count only
+// The attributes of a call; flashmoe_jax/cuda_call.py gives them. Those of the gate count only
 // where the kernel routes.
 struct CallAttributes {
-  int64_t reservation;  // see Runtime
-  int64_t activation;   // a core::Activation
+  int64_t num_pes;
+  int64_t num_experts;
+  int64_t experts_per_token;
+  int64_t capacity;  // or core::kNoCapacity
+  int64_t max_rows;
+  bool exact;                            // see CallSizes
+  xla::ffi::Span<const int32_t> groups;  // see CallKind
+  int64_t tag;                           // see core::counted_word
+  int64_t activation;                    // a core::Activation
   double deadline_seconds;
   bool check_weights;
   bool routes;
@@ -30,10 +36,13 @@ struct CallAttributes {
 }  // namespace flashmoe::cuda
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    flashmoe::cuda::CallAttributes, StructMember<int64_t>("reservation"),
-    StructMember<int64_t>("activation"), StructMember<double>("deadline_seconds"),
-    StructMember<bool>("check_weights"), StructMember<bool>("routes"),
-    StructMember<bool>("softmax"), StructMember<bool>("renormalize"),
+    flashmoe::cuda::CallAttributes, StructMember<int64_t>("num_pes"),
+    StructMember<int64_t>("num_experts"), StructMember<int64_t>("experts_per_token"),
+    StructMember<int64_t>("capacity"), StructMember<int64_t>("max_rows"),
+    StructMember<bool>("exact"), StructMember<xla::ffi::Span<const int32_t>>("groups"),
+    StructMember<int64_t>("tag"), StructMember<int64_t>("activation"),
+    StructMember<double>("deadline_seconds"), StructMember<bool>("check_weights"),
+    StructMember<bool>("routes"), StructMember<bool>("softmax"), StructMember<bool>("renormalize"),
     StructMember<double>("scaling_factor"), StructMember<int64_t>("num_groups"),
     StructMember<int64_t>("groups_per_token"));
 
@@ -85,7 +94,7 @@ T* data(const ffi::RemainingRets& results, size_t i) {
   return static_cast<T*>(results.get<ffi::AnyBuffer>(i).value()->untyped_data());
 }
 
-std::optional<core::DType> dtype_of(const ffi::AnyBuffer& buffer) {
+core::DType dtype_of(const ffi::AnyBuffer& buffer) {
   switch (buffer.element_type()) {
     case ffi::F32:
       return core::DType::kFloat32;
@@ -94,43 +103,29 @@ std::optional<core::DType> dtype_of(const ffi::AnyBuffer& buffer) {
     case ffi::F16:
       return core::DType::kFloat16;
     default:
-      return std::nullopt;
+      throw std::invalid_argument("x must be float32, bfloat16 or float16");
   }
 }
 
-// Whether memory was reserved for a call of these operands. Other ones can only come from a program
-// that was traced in another process.
-bool fits(const Configuration& configuration, const ffi::RemainingArgs& operands) {
-  const core::Shape& shape = configuration.shape;
+CallKind kind_of(const ffi::RemainingArgs& operands, const CallAttributes& attributes) {
   const ffi::AnyBuffer x = operands.get<ffi::AnyBuffer>(kX).value();
   const ffi::AnyBuffer up = operands.get<ffi::AnyBuffer>(kUp).value();
-  return dtype_of(x) == configuration.variant->dtype && x.dimensions().size() == 2 &&
-         x.dimensions()[0] == shape.tokens && x.dimensions()[1] == shape.hidden &&
-         up.dimensions().size() == 3 && up.dimensions()[0] == shape.local_experts() &&
-         up.dimensions()[1] == shape.hidden && up.dimensions()[2] == shape.intermediate;
-}
-
-// A number that calls of other sizes or attributes most likely do not have, equal on all PEs
-// (FNV-1a).
-uint32_t tag(const core::Shape& shape, const CallAttributes& attributes) {
-  uint32_t hash = 2166136261u;
-  const auto add = [&](uint64_t value) {
-    for (int shift = 0; shift < 64; shift += 8) {
-      hash = (hash ^ static_cast<uint8_t>(value >> shift)) * 16777619u;
-    }
+  return {
+      .sizes =
+          {
+              .num_pes = static_cast<int32_t>(attributes.num_pes),
+              .tokens = static_cast<int32_t>(x.dimensions()[0]),
+              .hidden = static_cast<int32_t>(x.dimensions()[1]),
+              .intermediate = static_cast<int32_t>(up.dimensions()[2]),
+              .num_experts = static_cast<int32_t>(attributes.num_experts),
+              .experts_per_token = static_cast<int32_t>(attributes.experts_per_token),
+              .capacity = attributes.capacity,
+              .max_rows = attributes.max_rows,
+              .dtype = dtype_of(x),
+              .exact = attributes.exact,
+          },
+      .groups = {attributes.groups.begin(), attributes.groups.end()},
   };
-  for (const int32_t size : {shape.num_pes, shape.tokens, shape.hidden, shape.intermediate,
-                             shape.num_experts, shape.experts_per_token, shape.block_rows}) {
-    add(static_cast<uint64_t>(size));
-  }
-  for (const int64_t value :
-       {shape.capacity, shape.max_rows, attributes.activation, int64_t{attributes.routes},
-        int64_t{attributes.softmax}, int64_t{attributes.renormalize}, attributes.num_groups,
-        attributes.groups_per_token}) {
-    add(static_cast<uint64_t>(value));
-  }
-  add(std::bit_cast<uint64_t>(attributes.scaling_factor));
-  return hash;
 }
 
 ffi::Error execute(cudaStream_t stream, int32_t gpu, const ffi::RemainingArgs& operands,
@@ -143,13 +138,6 @@ ffi::Error execute(cudaStream_t stream, int32_t gpu, const ffi::RemainingArgs& o
   if (attributes.activation < 0 || attributes.activation >= core::kActivations) {
     return ffi::Error::InvalidArgument("flashmoe_jax: unknown activation " +
                                        std::to_string(attributes.activation));
-  }
-  const Reservation& reservation = Runtime::instance().find(attributes.reservation, gpu);
-  const Configuration& configuration = reservation.configuration();
-  if (!fits(configuration, operands)) {
-    return ffi::Error::InvalidArgument(
-        "flashmoe_jax: memory was reserved for a call of other sizes; a program must be traced in "
-        "the process that runs it");
   }
   const Gate gate{
       .softmax = attributes.softmax,
@@ -181,12 +169,13 @@ ffi::Error execute(cudaStream_t stream, int32_t gpu, const ffi::RemainingArgs& o
   buffers.dropped = data<int32_t>(results, kDropped);
   const Call call{
       .activation = static_cast<core::Activation>(attributes.activation),
-      .tag = tag(configuration.shape, attributes),
+      .tag = static_cast<uint32_t>(attributes.tag),
       .deadline = attributes.deadline_seconds,
       .check_weights = attributes.check_weights,
       .gate = routes ? &gate : nullptr,
   };
-  reservation.launch(call, buffers, stream);
+  const CallKind kind = kind_of(operands, attributes);
+  Runtime::instance().find(kind, gpu)->launch(call, buffers, stream);
   return ffi::Error::Success();
 }
 
@@ -199,10 +188,10 @@ ffi::Error reporting_errors(const Body& body) {
   }
 }
 
-ffi::Error on_initialize(int32_t gpu, ffi::RemainingArgs, ffi::RemainingRets,
+ffi::Error on_initialize(int32_t gpu, ffi::RemainingArgs operands, ffi::RemainingRets,
                          CallAttributes attributes) {
   return reporting_errors([&] {
-    Runtime::instance().find(attributes.reservation, gpu);
+    Runtime::instance().reserve(kind_of(operands, attributes), gpu);
     return ffi::Error::Success();
   });
 }
@@ -214,7 +203,8 @@ ffi::Error on_execute(cudaStream_t stream, int32_t gpu, ffi::RemainingArgs opera
 
 }  // namespace
 
-// Makes room on a GPU that the call was not traced for, before anything of the program runs there.
+// Makes room on a GPU before anything of the program runs there. All processes of the program come
+// here, as they do for XLA's own collectives.
 XLA_FFI_Error* initialize(XLA_FFI_CallFrame* frame) {
   static const auto handler = ffi::Ffi::BindInitialize()
                                   .Ctx<ffi::DeviceOrdinal>()

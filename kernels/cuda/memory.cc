@@ -21,7 +21,9 @@ DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 DeviceMemory::DeviceMemory(int64_t bytes) : bytes_(bytes) {
   void* data = nullptr;
   check_cuda(cudaMalloc(&data, static_cast<size_t>(bytes)),
-             "allocating " + std::to_string(bytes) + " bytes of GPU memory");
+             "allocating " + std::to_string(bytes) +
+                 " bytes of GPU memory beside what XLA has taken for itself, which "
+                 "XLA_PYTHON_CLIENT_MEM_FRACTION makes less");
   data_.reset(static_cast<std::byte*>(data));
   zero();
 }
@@ -55,7 +57,5 @@ ErrorRecord MappedError::read() const {
   record.seen = host_->seen;
   return record;
 }
-
-void MappedError::clear() { *host_ = ErrorRecord{}; }
 
 }  // namespace flashmoe::cuda

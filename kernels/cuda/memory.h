@@ -51,7 +51,6 @@ class MappedError {
 
   ErrorRecord* device() const { return device_; }
   ErrorRecord read() const;
-  void clear();
 
  private:
   struct Free {

@@ -115,6 +115,8 @@ std::byte* Nvshmem::allocate(int64_t bytes) const {
   return static_cast<std::byte*>(data);
 }
 
+void Nvshmem::free(std::byte* symmetric) const { find<void (*)(void*)>("nvshmem_free")(symmetric); }
+
 std::byte* Nvshmem::address(std::byte* symmetric, int32_t pe) const {
   return static_cast<std::byte*>(find<void* (*)(const void*, int)>("nvshmem_ptr")(symmetric, pe));
 }

@@ -38,8 +38,10 @@ class Nvshmem {
   int32_t rank() const { return rank_; }
   int32_t count() const { return count_; }
 
-  // Collective. Throws if any memory could not be had. The memory is not zeroed, and stays.
+  // Collective. Throws if any memory could not be had. The memory is not zeroed.
   std::byte* allocate(int64_t bytes) const;
+  // Collective, of memory that allocate() returned.
+  void free(std::byte* symmetric) const;
   // Where this GPU reaches the same place of symmetric memory at PE `pe`; null: it does not.
   std::byte* address(std::byte* symmetric, int32_t pe) const;
   // Collective.

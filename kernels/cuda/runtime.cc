@@ -1,42 +1,11 @@
 #include "kernels/cuda/runtime.h"
 
+#include <algorithm>
 #include <stdexcept>
-#include <utility>
 
 #include "kernels/cuda/failure.h"
 
 namespace flashmoe::cuda {
-
-void PeMemory::reset() {
-  workspace_.zero();
-  error_.clear();
-}
-
-VirtualPes::VirtualPes(const CallSizes& sizes, int32_t gpu)
-    : gpu_(gpu_properties(gpu)), configuration_(configure(sizes, gpu_, sizes.num_pes)) {
-  load(*configuration_.variant, gpu_);
-  const DeviceGuard guard(gpu);
-  for (int32_t pe = 0; pe < sizes.num_pes; ++pe) {
-    heaps_.push_back(std::make_unique<DeviceMemory>(configuration_.heap.bytes));
-    memory_.push_back(std::make_unique<PeMemory>(configuration_));
-  }
-}
-
-void VirtualPes::launch(const Call& call, std::span<const PeBuffers> buffers,
-                        cudaStream_t stream) const {
-  const DeviceGuard guard(gpu_.ordinal);
-  std::vector<std::byte*> heaps;
-  std::vector<PePlace> places;
-  for (const auto& heap : heaps_) heaps.push_back(heap->data());
-  for (const auto& memory : memory_) places.push_back(memory->place());
-  cuda::launch(configuration_, call, 0, heaps, places, buffers, stream);
-}
-
-void VirtualPes::reset() {
-  const DeviceGuard guard(gpu_.ordinal);
-  for (const auto& heap : heaps_) heap->zero();
-  for (const auto& memory : memory_) memory->reset();
-}
 
 Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group,
                          const Nvshmem* nvshmem)
@@ -49,6 +18,7 @@ Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group
     heaps_.push_back(own_heap_->data());
     return;
   }
+  nvshmem_ = nvshmem;
   rank_ = group->rank;
   std::byte* const symmetric = nvshmem->allocate(configuration_.heap.bytes);
   for (const int32_t process : group->processes) {
@@ -62,14 +32,21 @@ Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group
     }
     heaps_.push_back(address);
   }
-  reset();
+  check_cuda(cudaMemset(heaps_[rank_], 0, static_cast<size_t>(configuration_.heap.bytes)),
+             "zeroing the symmetric heap");
+  check_cuda(cudaDeviceSynchronize(), "zeroing the symmetric heap");
+  nvshmem->barrier();  // Nobody writes into a heap that is not zeroed yet.
+}
+
+Reservation::~Reservation() {
+  if (nvshmem_ != nullptr) nvshmem_->free(heaps_[rank_]);
 }
 
 void Reservation::launch(const Call& call, const PeBuffers& buffers, cudaStream_t stream) const {
   if (const std::optional<std::string> message = failure()) {
     throw std::runtime_error("an earlier call failed: " + *message +
-                             ". Its y is NaN. flashmoe_jax.runtime.reset() makes the symmetric "
-                             "heaps anew");
+                             ". Its y is NaN. flashmoe_jax.runtime.reset() lets "
+                             "calls have a new symmetric heap");
   }
   const DeviceGuard guard(gpu_.ordinal);
   const PePlace place = memory_->place();
@@ -87,13 +64,6 @@ void Reservation::synchronize() const {
   check_cuda(cudaDeviceSynchronize(), "waiting for GPU " + std::to_string(gpu_.ordinal));
 }
 
-void Reservation::reset() {
-  const DeviceGuard guard(gpu_.ordinal);
-  check_cuda(cudaMemset(heaps_[rank_], 0, static_cast<size_t>(configuration_.heap.bytes)),
-             "zeroing the symmetric heap");
-  memory_->reset();
-}
-
 Runtime& Runtime::instance() {
   // Never destroyed: at the end of the process the driver may be gone before it.
   static Runtime* const runtime = new Runtime;
@@ -106,53 +76,62 @@ Nvshmem& Runtime::load_nvshmem(const std::string& path) {
   return *nvshmem_;
 }
 
-int64_t Runtime::reserve(const CallSizes& sizes, int32_t gpu, const std::optional<Group>& group) {
+void Runtime::reserve(const CallKind& kind, int32_t gpu) {
   const std::lock_guard lock(mutex_);
-  if (group.has_value() != (sizes.num_pes > 1)) {
-    throw std::invalid_argument("several PEs, and only they, have a group");
+  if (look_up(kind, gpu) != nullptr) return;
+  std::shared_ptr<Reservation> reservation;
+  if (kind.sizes.num_pes == 1) {
+    reservation = std::make_shared<Reservation>(kind.sizes, gpu, nullptr, nullptr);
+  } else {
+    const Group group = group_of(kind);
+    reservation = std::make_shared<Reservation>(kind.sizes, gpu, &group, nvshmem_.get());
   }
-  if (group && (nvshmem_ == nullptr || !nvshmem_->started())) {
-    throw std::runtime_error("NVSHMEM has not been started");
-  }
-  auto reservation =
-      std::make_unique<Reservation>(sizes, gpu, group ? &*group : nullptr, nvshmem_.get());
-  if (group) nvshmem_->barrier();  // Nobody writes into a heap that is not zeroed yet.
-  Entry& entry = entries_.emplace_back(Entry{sizes, group.has_value(), {}});
-  entry.by_gpu.emplace(gpu, std::move(reservation));
-  return static_cast<int64_t>(entries_.size()) - 1;
+  entries_.push_back({kind, std::move(reservation)});
 }
 
-const Reservation& Runtime::find(int64_t id, int32_t gpu) {
+std::shared_ptr<const Reservation> Runtime::find(const CallKind& kind, int32_t gpu) const {
   const std::lock_guard lock(mutex_);
-  if (id < 0 || id >= static_cast<int64_t>(entries_.size())) {
+  const Entry* const entry = look_up(kind, gpu);
+  if (entry == nullptr) {
     throw std::runtime_error(
-        "this process has reserved no memory for the call; a program must be "
-        "traced in the process that runs it");
+        "there is no symmetric heap for this call; flashmoe_jax.runtime.reset() must not be called "
+        "while a program starts");
   }
-  Entry& entry = entries_[id];
-  const auto found = entry.by_gpu.find(gpu);
-  if (found != entry.by_gpu.end()) return *found->second;
-  if (entry.grouped) {
-    throw std::runtime_error("the call was traced for another GPU than GPU " + std::to_string(gpu));
-  }
-  auto reservation = std::make_unique<Reservation>(entry.sizes, gpu, nullptr, nullptr);
-  return *entry.by_gpu.emplace(gpu, std::move(reservation)).first->second;
+  return entry->reservation;
 }
 
-std::vector<Reservation*> Runtime::reservations() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<Reservation*> all;
-  for (const Entry& entry : entries_) {
-    for (const auto& [gpu, reservation] : entry.by_gpu) all.push_back(reservation.get());
+const Runtime::Entry* Runtime::look_up(const CallKind& kind, int32_t gpu) const {
+  const auto found = std::ranges::find_if(entries_, [&](const Entry& entry) {
+    return entry.reservation->gpu() == gpu && entry.kind == kind;
+  });
+  return found == entries_.end() ? nullptr : &*found;
+}
+
+Group Runtime::group_of(const CallKind& kind) const {
+  if (nvshmem_ == nullptr || !nvshmem_->started()) {
+    throw std::runtime_error("NVSHMEM has not been started: flashmoe_jax.runtime.start() does");
   }
-  return all;
+  const auto found = std::ranges::find(kind.groups, nvshmem_->rank());
+  const int64_t place = found - kind.groups.begin();
+  const int64_t pes = kind.sizes.num_pes, first = place / pes * pes;
+  if (first + pes > static_cast<int64_t>(kind.groups.size())) {
+    throw std::runtime_error("process " + std::to_string(nvshmem_->rank()) +
+                             " is in no expert group of the call");
+  }
+  return {static_cast<int32_t>(place % pes),
+          {kind.groups.begin() + first, kind.groups.begin() + first + pes}};
+}
+
+std::vector<Runtime::Entry> Runtime::entries() const {
+  const std::lock_guard lock(mutex_);
+  return entries_;
 }
 
 std::vector<std::string> Runtime::failures() const {
   std::vector<std::string> messages;
-  for (const Reservation* reservation : reservations()) {
-    reservation->synchronize();
-    if (const std::optional<std::string> message = reservation->failure()) {
+  for (const Entry& entry : entries()) {
+    entry.reservation->synchronize();
+    if (const std::optional<std::string> message = entry.reservation->failure()) {
       messages.push_back(*message);
     }
   }
@@ -160,19 +139,18 @@ std::vector<std::string> Runtime::failures() const {
 }
 
 void Runtime::reset() {
-  const std::vector<Reservation*> all = reservations();
-  for (const Reservation* reservation : all) reservation->synchronize();
-  // Not before every peer has ended its launches, and no launch before every heap is zeroed.
-  const bool world = nvshmem_ != nullptr && nvshmem_->started();
-  if (world) nvshmem_->barrier();
-  for (Reservation* reservation : all) reservation->reset();
-  if (world) nvshmem_->barrier();
+  const std::lock_guard lock(mutex_);
+  for (const Entry& entry : entries_) entry.reservation->synchronize();
+  // Not before every peer has ended its launches.
+  if (nvshmem_ != nullptr && nvshmem_->started()) nvshmem_->barrier();
+  entries_.clear();
 }
 
 int64_t Runtime::reserved_bytes(int32_t gpu) const {
   int64_t bytes = 0;
-  for (const Reservation* reservation : reservations()) {
-    if (reservation->gpu() == gpu) bytes += reservation->configuration().bytes();
+  for (const Entry& entry : entries()) {
+    const Reservation& reservation = *entry.reservation;
+    if (reservation.gpu() == gpu) bytes += reservation.configuration().bytes();
   }
   return bytes;
 }

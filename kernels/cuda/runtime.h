@@ -1,15 +1,15 @@
-// The memory of every call that this process may execute. It is reserved while a program is traced,
-// never inside a call: allocating waits for the GPU, which may be waiting for a peer. One heap
-// serves all calls of the same sizes, since the calls of a GPU's stream follow each other and all
-// PEs execute them in the same order; the tag of a call tells where they do not.
+// The memory of the calls of this process. It is made on a GPU before a program is executed there
+// for the first time (XLA's stage "initialize"), never inside a call: allocating waits for the GPU,
+// which may be waiting for a peer. One heap serves all calls of the same sizes, since the calls of
+// a GPU's stream follow each other and all PEs execute them in the same order; the tag of a call
+// tells where they do not.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -20,7 +20,16 @@
 
 namespace flashmoe::cuda {
 
-// Which of the processes are the expert group of this one, in the order of their ranks.
+// What calls must have in common to share a heap.
+struct CallKind {
+  CallSizes sizes;
+  // [groups][P] the processes of every expert group in the order of their ranks; empty for one PE.
+  std::vector<int32_t> groups;
+
+  friend bool operator==(const CallKind&, const CallKind&) = default;
+};
+
+// The expert group of this process.
 struct Group {
   int32_t rank;
   std::vector<int32_t> processes;
@@ -34,36 +43,21 @@ class PeMemory {
 
   PePlace place() const { return {workspace_.data(), error_.device()}; }
   ErrorRecord error() const { return error_.read(); }
-  void reset();
 
  private:
   DeviceMemory workspace_;
   MappedError error_;
 };
 
-// Several PEs on one GPU, with a heap each: for tests of the protocol on a single card.
-class VirtualPes {
- public:
-  VirtualPes(const CallSizes& sizes, int32_t gpu);
-
-  const Configuration& configuration() const { return configuration_; }
-  void launch(const Call& call, std::span<const PeBuffers> buffers, cudaStream_t stream) const;
-  ErrorRecord error(int32_t pe) const { return memory_[pe]->error(); }
-  // After a failure. No launch may be in progress.
-  void reset();
-
- private:
-  Gpu gpu_;
-  Configuration configuration_;
-  std::vector<std::unique_ptr<DeviceMemory>> heaps_;
-  std::vector<std::unique_ptr<PeMemory>> memory_;
-};
-
-// What is reserved on one GPU of this process for calls of the same sizes.
+// What calls of one kind keep on one GPU of this process.
 class Reservation {
  public:
   // Without a group, for one PE. Collective over all processes with one.
   Reservation(const CallSizes& sizes, int32_t gpu, const Group* group, const Nvshmem* nvshmem);
+  // Collective where the constructor was.
+  ~Reservation();
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
 
   const Configuration& configuration() const { return configuration_; }
   // Throws if an earlier launch failed.
@@ -72,14 +66,14 @@ class Reservation {
   std::optional<std::string> failure() const;
   // Waits until the GPU has nothing left to do.
   void synchronize() const;
-  void reset();
   int32_t gpu() const { return gpu_.ordinal; }
 
  private:
   Gpu gpu_;
   Configuration configuration_;
   int32_t rank_ = 0;
-  std::unique_ptr<DeviceMemory> own_heap_;  // null: symmetric memory
+  const Nvshmem* nvshmem_ = nullptr;        // null: one PE
+  std::unique_ptr<DeviceMemory> own_heap_;  // of one PE
   std::vector<std::byte*> heaps_;           // of all PEs
   std::unique_ptr<PeMemory> memory_;
 };
@@ -92,31 +86,33 @@ class Runtime {
   Nvshmem& load_nvshmem(const std::string& path);
   Nvshmem* nvshmem() const { return nvshmem_.get(); }
 
-  // Makes room for calls of these sizes and returns what names it in the calls' attributes.
-  int64_t reserve(const CallSizes& sizes, int32_t gpu, const std::optional<Group>& group);
-  // The reservation with this name on a GPU. One without a group is made there if there is none.
-  const Reservation& find(int64_t id, int32_t gpu);
+  // Makes room on a GPU for calls of that kind, unless there is. Collective over all processes for
+  // several PEs.
+  void reserve(const CallKind& kind, int32_t gpu);
+  // What has been reserved. Throws if nothing has.
+  std::shared_ptr<const Reservation> find(const CallKind& kind, int32_t gpu) const;
 
   // How launches failed; those still running are waited for.
   std::vector<std::string> failures() const;
-  // Makes all heaps anew, after a failure. Collective over all processes once NVSHMEM has started.
+  // Waits for the GPUs and frees all reservations. Collective over all processes once NVSHMEM has
+  // started.
   void reset();
   // Bytes reserved on a GPU.
   int64_t reserved_bytes(int32_t gpu) const;
 
  private:
   struct Entry {
-    CallSizes sizes;
-    bool grouped;
-    std::map<int32_t, std::unique_ptr<Reservation>> by_gpu;
+    CallKind kind;
+    std::shared_ptr<Reservation> reservation;
   };
 
-  // They stay where they are until the process ends.
-  std::vector<Reservation*> reservations() const;
+  const Entry* look_up(const CallKind& kind, int32_t gpu) const;
+  Group group_of(const CallKind& kind) const;
+  std::vector<Entry> entries() const;
 
   mutable std::mutex mutex_;
   std::unique_ptr<Nvshmem> nvshmem_;
-  std::vector<Entry> entries_;
+  std::vector<Entry> entries_;  // few: as many as there are sizes
 };
 
 }  // namespace flashmoe::cuda
