@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find kernels tests -name '*.h' -o -name '*.cc' -o -name '*
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan emulator-build emulator-test emulator-soak cuda bazel-test docs wheel lint format clean
+.PHONY: help venv demo test test-smoke soak bench native-test native-tsan native-asan emulator-build emulator-test emulator-soak cuda gpu-check bazel-test docs wheel lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -78,6 +78,10 @@ emulator-soak: emulator-build  ## the same with 20,000 schedules of each protoco
 
 cuda: venv  ## compile the CUDA module with a toolchain from PyPI, and check its machine code
 	tools/build_cuda.sh $(BIN)/python
+
+# Without `venv`: such a machine may have no network. PYTHON's environment has what is needed.
+gpu-check:  ## check the CUDA kernel on this machine's GPU, and measure it
+	$(or $(PYTHON),$(wildcard $(BIN)/python),python3) tools/gpu_check.py $(ARGS)
 
 bazel-test: venv  ## build everything with Bazel too, and run the native and the smoke tests on it
 	bazel=$$(tools/find_bazel.sh) && PYTHON=$(BIN)/python $$bazel test //... --test_output=errors

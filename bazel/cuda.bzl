@@ -25,13 +25,16 @@ def cuda_object(name, src, hdrs, architecture):
     """
     if not CUDA:
         return
+    code = "sm_" + architecture
+    if architecture.isdigit():
+        code = "[sm_%s,compute_%s]" % (architecture, architecture)
     native.genrule(
         name = name + "_object",
         srcs = [src] + hdrs,
         outs = [name + ".cu.o"],
         cmd = " ".join(
             ["$(location @cuda_environment//:nvcc.sh) -ccbin $(CC)"] + NVCC_OPTS + [
-                "-gencode arch=compute_%s,code=sm_%s" % (architecture, architecture),
+                "-gencode arch=compute_%s,code=%s" % (architecture, code),
                 "-I. -c $(location %s) -o $@" % src,
             ],
         ),

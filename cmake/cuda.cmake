@@ -132,13 +132,18 @@ message(STATUS "CUDA: yes (${FLASHMOE_CUDA}), sm_80 and sm_90a, with nvcc ${FLAS
                "(${FLASHMOE_NVCC})")
 
 # flashmoe_cuda_object(SOURCE ARCHITECTURE): compiles one source for one architecture, and appends
-# the object to flashmoe_cuda_objects.
+# the object to flashmoe_cuda_objects. What is not for one architecture alone (90a) gets PTX too,
+# which the driver compiles for later GPUs.
 function(flashmoe_cuda_object source architecture)
   get_filename_component(name ${source} NAME)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.o)
   set(input ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+  set(code sm_${architecture})
+  if(NOT architecture MATCHES "[a-z]$")
+    set(code [${code},compute_${architecture}])
+  endif()
   set(flags -std=c++20 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall
-            -gencode arch=compute_${architecture},code=sm_${architecture})
+            -gencode arch=compute_${architecture},code=${code})
   if(FLASHMOE_WERROR)
     list(APPEND flags -Werror all-warnings)
   endif()

@@ -73,6 +73,17 @@ def test_every_source_is_in_the_build(package: str) -> None:
     assert {path for path in there if path.suffix in (".cc", ".cu")} == named
 
 
+def test_every_source_for_a_gpu_is_built() -> None:
+    # By CMake alone: Bazel's `//...` would compile kernels that few machines can run.
+    folder = ROOT / "tests" / "gpu"
+    built = cmake_sources((folder / "CMakeLists.txt").read_text())
+    own = {path.name for path in folder.iterdir() if path.suffix in (".cc", ".cu")}
+    assert own == {source for source in built if "/" not in source}
+    others = {source.removeprefix("/") for source in built if "/" in source}
+    assert others
+    assert all((ROOT / source).exists() for source in others)
+
+
 def test_the_same_compiler_options() -> None:
     def options(text: str) -> set[str]:
         found = set(re.findall(r"(?<=[\s\"])-[Wf][\w=-]+", text))
@@ -121,6 +132,9 @@ def test_the_same_options_of_nvcc() -> None:
     (bazel,) = re.findall(r"NVCC_OPTS = \[(.*?)\]", bazel_text, re.DOTALL)
     assert re.findall(r'[^\s",]+', bazel) == re.findall(r'[^\s",]+', cmake)
     assert "-lineinfo" in cmake
+    # Both add PTX for later GPUs to what is not for one architecture alone.
+    assert "[${code},compute_${architecture}]" in cmake_text
+    assert '"[sm_%s,compute_%s]" % (architecture, architecture)' in bazel_text
 
 
 def test_the_oldest_versions_agree() -> None:

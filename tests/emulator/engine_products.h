@@ -156,4 +156,11 @@ double largest_error(const Operands<typename Engine::Element>& operands,
 // have, in the same units.
 inline double allowed_error(int depth) { return 4 + 2 * std::sqrt(depth) + depth / 4; }
 
+// The same where both factors of a product are floats, rounded to the 11 bits of a tf32, which
+// changes each by at most u = 2^-11 of itself and a term by at most 2 u + u^2 = 2^-10 + 2^-22.
+inline double allowed_tf32_error(int depth) {
+  constexpr double kChange = 0x1p-10 + 0x1p-22;
+  return 0x1p24 * kChange + (1 + kChange) * allowed_error(depth);
+}
+
 }  // namespace flashmoe::testing

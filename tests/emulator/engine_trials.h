@@ -59,9 +59,9 @@ std::vector<float> results_of(const Operands<typename Engine::Element>& operands
   return {values.begin(), values.end()};
 }
 
-// The largest error of the edge products, relative to what is allowed.
+// The largest error of the edge products, relative to what is allowed at their depth.
 template <typename Engine>
-double engine_error(uint64_t seed) {
+double engine_error(uint64_t seed, double (*allowed)(int depth) = allowed_error) {
   using Element = typename Engine::Element;
   constexpr int kPiece = 16 / sizeof(Element);
   double largest = 0;
@@ -73,8 +73,8 @@ double engine_error(uint64_t seed) {
     const std::vector<float> results = results_of<Engine>(operands, products, seed);
     for (size_t i = 0; i < products.size(); ++i) {
       const float* result = &results[i * size_t(Engine::kBlockRows) * size_t(Engine::kColumns)];
-      largest = std::max(
-          largest, largest_error<Engine>(operands, products[i], result) / allowed_error(depth));
+      largest =
+          std::max(largest, largest_error<Engine>(operands, products[i], result) / allowed(depth));
     }
   }
   return largest;

@@ -11,6 +11,7 @@
 #include "kernels/emulator/emulator.h"
 #include "tests/emulator/cases.h"
 #include "tests/emulator/gate_reference.h"
+#include "tests/emulator/gate_sizes.h"
 #include "tests/native/harness.h"
 
 namespace flashmoe::testing {
@@ -104,8 +105,9 @@ GateAnswer run_gate(const GateProblem& problem, int ctas, uint64_t seed,
 }
 
 template <typename Element, int kThreads>
-Case right_case(const std::string& name, const GateSizes& sizes, int ctas) {
-  return {"gate: " + name, [=](uint64_t seed) {
+Case right_case(const GateTest<Element, kThreads>& test) {
+  return {"gate: " + test.name, [sizes = test.sizes](uint64_t seed) {
+            const int ctas = 1 + static_cast<int>(seed % 2);
             Random random(seed);
             const GateProblem problem(sizes, std::is_same_v<Element, float>, random);
             const GateAnswer answer = run_gate<Element, kThreads>(problem, ctas, seed);
@@ -191,73 +193,14 @@ void wrong_answers(uint64_t seed) {
 }  // namespace
 
 std::vector<Case> gate_cases() {
-  return {
-      right_case<BFloat16, 512>(
-          "softmax", {.tokens = 45, .hidden = 72, .experts = 128, .experts_per_token = 8}, 1),
-      right_case<BFloat16, 384>("sigmoid with groups, bias and mask",
-                                {.tokens = 19,
-                                 .hidden = 40,
-                                 .experts = 256,
-                                 .experts_per_token = 8,
-                                 .groups = 8,
-                                 .groups_per_token = 4,
-                                 .softmax = false,
-                                 .bias = true,
-                                 .mask = true,
-                                 .scaling_factor = 2.5f},
-                                1),
-      right_case<BFloat16, 512>("512 experts, more stages than fit",
-                                {.tokens = 33,
-                                 .hidden = 136,
-                                 .experts = 512,
-                                 .experts_per_token = 16,
-                                 .groups = 16,
-                                 .groups_per_token = 3,
-                                 .renormalize = false},
-                                1),
-      right_case<BFloat16, 384>(
-          "512 experts, 12 warps, several passes",
-          {.tokens = 35, .hidden = 40, .experts = 512, .experts_per_token = 2, .bias = true}, 1),
-      right_case<Float16, 384>("unaligned router, all experts",
-                               {.tokens = 7,
-                                .hidden = 72,
-                                .experts = 6,
-                                .experts_per_token = 6,
-                                .softmax = false,
-                                .bias = true},
-                               2),
-      right_case<Float16, 384>("groups of one expert",
-                               {.tokens = 5,
-                                .hidden = 8,
-                                .experts = 60,
-                                .experts_per_token = 4,
-                                .groups = 60,
-                                .groups_per_token = 30,
-                                .bias = true,
-                                .scaling_factor = 0.5f},
-                               1),
-      right_case<float, 512>("float tokens",
-                             {.tokens = 34,
-                              .hidden = 44,
-                              .experts = 132,
-                              .experts_per_token = 8,
-                              .renormalize = false,
-                              .bias = true},
-                             1),
-      right_case<float, 384>("one float token",
-                             {.tokens = 1,
-                              .hidden = 4,
-                              .experts = 33,
-                              .experts_per_token = 3,
-                              .softmax = false,
-                              .mask = true},
-                             1),
-      right_case<BFloat16, 384>(
-          "no token", {.tokens = 0, .hidden = 8, .experts = 8, .experts_per_token = 2}, 1),
-      {"gate: logits of some experts", logits_of_some_experts},
-      {"gate: NaN logits", not_a_number},
-      {"gate: wrong answers are caught", wrong_answers},
-  };
+  std::vector<Case> cases;
+  for_each_gate_test([&](const auto& test) { cases.push_back(right_case(test)); });
+  cases.insert(cases.end(), {
+                                {"gate: logits of some experts", logits_of_some_experts},
+                                {"gate: NaN logits", not_a_number},
+                                {"gate: wrong answers are caught", wrong_answers},
+                            });
+  return cases;
 }
 
 }  // namespace flashmoe::testing

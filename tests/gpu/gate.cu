@@ -1,7 +1,6 @@
-// Runs the gate on a GPU, compares it with double precision and times it. Stand-alone:
-//   nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -I. tests/gpu/gate.cu -o gate &&
-//   ./gate
-// (or compute_80, code=sm_80). Prints a line for each check; exit status 1 if any failed.
+// Runs the gate on a GPU, compares it with double precision and times it.
+//
+// Prints a line for each check and each time; exit status 1 if any failed.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 
 #include "kernels/cuda/gate.h"
 #include "tests/emulator/gate_reference.h"
+#include "tests/emulator/gate_sizes.h"
 
 namespace {
 
@@ -188,7 +188,8 @@ class OnDevice {
 int failures = 0;
 
 void report(const std::string& name, const std::string& error) {
-  std::printf("%-64s %s\n", name.c_str(), error.empty() ? "ok" : error.c_str());
+  std::printf("%s %s%s%s\n", error.empty() ? "passed" : "FAILED", name.c_str(),
+              error.empty() ? "" : ": ", error.c_str());
   std::fflush(stdout);
   failures += !error.empty();
 }
@@ -201,18 +202,18 @@ std::string name_of(const char* element, const GateSizes& sizes) {
 }
 
 template <typename Element, int kThreads>
-void check(const char* element, const GateSizes& sizes, Random& random) {
+void check(const std::string& name, const GateSizes& sizes, Random& random) {
   const GateProblem problem(sizes, sizeof(Element) == 4, random);
   const OnDevice<Element> run(problem);
   run.template launch<kThreads>(3);
   const GateAnswer few = run.answer();
-  report(name_of(element, sizes), flashmoe::testing::gate_error(problem, few));
+  report(name, flashmoe::testing::gate_error(problem, few));
   const OnDevice<Element> again(problem);
   again.template launch<kThreads>(41);
-  report("  the same bits on 41 CTAs", again.answer() == few ? "" : "they differ");
+  report(name + ", the same bits on 41 CTAs", again.answer() == few ? "" : "they differ");
   const OnDevice<Element> split(problem);
   split.template launch_logits<kThreads>();
-  report("  the same logits from CTAs with 32 experts each",
+  report(name + ", the same logits from CTAs with 32 experts each",
          split.logits() == few.logits ? "" : "they differ");
 }
 
@@ -252,7 +253,7 @@ void time(const std::string& name, const Launch& launch) {
     require(cudaEventElapsedTime(&value, start, stop), "cudaEventElapsedTime");
   }
   std::sort(milliseconds.begin(), milliseconds.end());
-  std::printf("%-64s %.1f us\n", name.c_str(), 1e3 * milliseconds[milliseconds.size() / 2]);
+  std::printf("time %s: %.1f us\n", name.c_str(), 1e3 * milliseconds[milliseconds.size() / 2]);
 }
 
 template <typename Element, int kThreads>
@@ -263,9 +264,10 @@ void time_sizes(const char* element, const GateSizes& sizes, int ctas) {
   const std::string name = name_of(element, sizes);
   time(name, [&] { run.template launch<kThreads>(ctas); });
   if (sizes.tokens <= 64) {
-    time("  logits only, 32 experts in each CTA", [&] { run.template launch_logits<kThreads>(); });
+    time(name + ", logits only, 32 experts in each CTA",
+         [&] { run.template launch_logits<kThreads>(); });
   }
-  time("  choice only", [&] { run.template launch_choose<kThreads>(ctas); });
+  time(name + ", choice only", [&] { run.template launch_choose<kThreads>(ctas); });
 }
 
 }  // namespace
@@ -278,75 +280,22 @@ int main() {
   OnDevice<BFloat16>::allow_shared_memory<384>();
   OnDevice<Float16>::allow_shared_memory<384>();
   OnDevice<float>::allow_shared_memory<512>();
+  OnDevice<float>::allow_shared_memory<384>();
 
   Random random;
-  check<BFloat16, 512>("bf16", {1023, 2048, 128, 8}, random);
-  check<BFloat16, 384>("bf16", {1023, 2048, 128, 8}, random);
-  check<BFloat16, 512>("bf16",
-                       {.tokens = 333,
-                        .hidden = 1032,
-                        .experts = 256,
-                        .experts_per_token = 8,
-                        .groups = 8,
-                        .groups_per_token = 4,
-                        .softmax = false,
-                        .bias = true,
-                        .mask = true,
-                        .scaling_factor = 2.5f},
-                       random);
-  check<BFloat16, 384>("bf16",
-                       {.tokens = 801,
-                        .hidden = 512,
-                        .experts = 512,
-                        .experts_per_token = 16,
-                        .groups = 16,
-                        .groups_per_token = 3,
-                        .softmax = false,
-                        .renormalize = false,
-                        .mask = true},
-                       random);
-  check<BFloat16, 512>(
-      "bf16", {.tokens = 1, .hidden = 2048, .experts = 256, .experts_per_token = 8}, random);
-  check<BFloat16, 512>("bf16", {.tokens = 0, .hidden = 64, .experts = 8, .experts_per_token = 2},
-                       random);
-  check<BFloat16, 512>("bf16",
-                       {.tokens = 129,
-                        .hidden = 72,
-                        .experts = 6,
-                        .experts_per_token = 6,
-                        .softmax = false,
-                        .bias = true},
-                       random);
-  check<Float16, 384>("fp16",
-                      {.tokens = 257,
-                       .hidden = 520,
-                       .experts = 60,
-                       .experts_per_token = 4,
-                       .groups = 60,
-                       .groups_per_token = 30,
-                       .bias = true,
-                       .scaling_factor = 0.5f},
-                      random);
-  check<Float16, 384>("fp16", {.tokens = 50, .hidden = 8, .experts = 8, .experts_per_token = 1},
-                      random);
-  check<float, 512>("fp32",
-                    {.tokens = 500,
-                     .hidden = 1028,
-                     .experts = 132,
-                     .experts_per_token = 8,
-                     .renormalize = false,
-                     .bias = true},
-                    random);
-  check<float, 512>("fp32",
-                    {.tokens = 77,
-                     .hidden = 4,
-                     .experts = 33,
-                     .experts_per_token = 3,
-                     .softmax = false,
-                     .mask = true},
-                    random);
-  check<float, 512>("fp32", {.tokens = 19, .hidden = 260, .experts = 512, .experts_per_token = 16},
-                    random);
+  flashmoe::testing::for_each_gate_test([&](const auto& test) {
+    using Test = std::decay_t<decltype(test)>;
+    using Element = typename Test::Element;
+    constexpr int kThreads = Test::kThreads;
+    check<Element, kThreads>(test.name, test.sizes, random);
+    // The same with more tokens than the CTAs take at a time, and a depth of many steps.
+    GateSizes large = test.sizes;
+    large.tokens = 17 * large.tokens + 3;
+    large.hidden = 14 * large.hidden + 16;
+    check<Element, kThreads>(test.name + ", large", large, random);
+  });
+  check<BFloat16, 512>("bf16 of a model", {1023, 2048, 128, 8}, random);
+  check<BFloat16, 384>("bf16 of a model, 12 warps", {1023, 2048, 128, 8}, random);
   check_not_a_number();
 
   const int ctas = properties.multiProcessorCount;
@@ -367,6 +316,5 @@ int main() {
   time_sizes<BFloat16, 512>("bf16", {8192, 2048, 512, 8}, ctas);
   time_sizes<BFloat16, 512>("bf16", {64, 2048, 256, 8}, ctas);
   time_sizes<BFloat16, 512>("bf16", {64, 2048, 128, 8}, ctas);
-  if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;
 }

@@ -2,8 +2,6 @@
 // average. Prints one JSON line for each shape; median of the repetitions, by events.
 //
 // usage: kernel_bench [repetitions]
-//
-// Compiled and linked as kernel_check is, without tests/native.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

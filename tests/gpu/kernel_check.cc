@@ -1,10 +1,15 @@
 // The kernel on a real GPU, without Python and JAX: the PEs of a layer as virtual PEs of one GPU,
 // both tile engines, against the double-precision reference of the native tests.
 //
-// usage: kernel_check [--seed=N] [--epochs=N] [part of a case's name ...]
+// usage: kernel_check [--seed=N] [--epochs=N] [--deadline=SECONDS] [part of a case's name ...]
+//
+// Cases whose names contain all the parts run, by default 3 epochs each. Prints a line for each;
+// exit status 1 if any failed.
 #include <cuda_runtime_api.h>
 
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -124,6 +129,16 @@ class Run {
         gpu, shape.num_pes);
   }
 
+  // As if so many epochs had been executed.
+  void set_epoch(uint32_t epoch) {
+    for (auto& pe : pes_) {
+      std::byte* const control = pe->workspace.data() + configuration_.workspace.control.offset +
+                                 offsetof(cuda::Control, epoch);
+      cuda::check_cuda(cudaMemcpy(control, &epoch, sizeof epoch, cudaMemcpyHostToDevice),
+                       "setting the epoch");
+    }
+  }
+
   // One epoch; results go to the problem. `absent` is a PE that never enters, or -1. Returns what
   // the PEs report, one text for each that failed.
   std::vector<std::string> epoch(double deadline, int32_t absent = -1) {
@@ -232,13 +247,23 @@ std::vector<GpuCase> gpu_cases() {
   return cases;
 }
 
-void run_case(const GpuCase& test, const cuda::Gpu& gpu, uint64_t seed, int epochs) {
-  Problem problem(test.layer, test.routing, seed);
+// What the command line asks for.
+struct Options {
+  uint64_t seed = 1;
+  int epochs = 3;
+  double deadline = 20;
+  std::vector<std::string> filters;
+};
+
+void run_case(const GpuCase& test, const cuda::Gpu& gpu, const Options& options,
+              uint32_t epochs_before = 0) {
+  Problem problem(test.layer, test.routing, options.seed);
   Run run(problem, gpu);
+  run.set_epoch(epochs_before);
   const std::vector<Expected> expected = expect(problem);
   std::vector<std::byte> first;
-  for (int i = 0; i < epochs; ++i) {
-    const std::vector<std::string> failures = run.epoch(20);
+  for (int i = 0; i < options.epochs; ++i) {
+    const std::vector<std::string> failures = run.epoch(options.deadline);
     check(failures.empty(), failures.empty() ? "" : failures.front());
     const std::vector<std::byte> bytes = problem.result_bytes(false);
     if (i == 0) {
@@ -266,7 +291,16 @@ void run_absent(const cuda::Gpu& gpu, uint64_t seed) {
   std::printf("    it says: %s\n", failures.front().c_str());
 }
 
-int run_all(uint64_t seed, int epochs, const std::vector<std::string>& filters) {
+// The count of epochs overflows, and with it its parity goes on.
+void run_overflow(const cuda::Gpu& gpu, Options options) {
+  options.epochs = 8;
+  const GpuCase test{"",
+                     layer(4, 64, 64, 64, 8, 2, DType::kBFloat16, true, false, Activation::kSilu),
+                     Routing::kSkewed};
+  run_case(test, gpu, options, UINT32_MAX - 4);
+}
+
+int run_all(const Options& options) {
   int passed = 0, failed = 0;
   const cuda::Gpu real = cuda::gpu_properties(0);
   std::vector<cuda::Gpu> gpus{real};
@@ -277,7 +311,7 @@ int run_all(uint64_t seed, int epochs, const std::vector<std::string>& filters) 
     gpus.push_back(older);
   }
   const auto attempt = [&](const std::string& name, const auto& f) {
-    for (const std::string& filter : filters) {
+    for (const std::string& filter : options.filters) {
       if (name.find(filter) == std::string::npos) return;
     }
     const auto begin = std::chrono::steady_clock::now();
@@ -297,9 +331,10 @@ int run_all(uint64_t seed, int epochs, const std::vector<std::string>& filters) 
     const std::string engine = "sm" + std::to_string(gpu.major) + std::to_string(gpu.minor) + " ";
     for (const GpuCase& test : gpu_cases()) {
       if (gpu.major == 9 && test.layer.dtype == DType::kFloat32) continue;  // same kernel as sm80
-      attempt(engine + test.name, [&] { run_case(test, gpu, seed, epochs); });
+      attempt(engine + test.name, [&] { run_case(test, gpu, options); });
     }
-    attempt(engine + "a PE never enters", [&] { run_absent(gpu, seed); });
+    attempt(engine + "a PE never enters", [&] { run_absent(gpu, options.seed); });
+    attempt(engine + "the count of epochs overflows", [&] { run_overflow(gpu, options); });
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
@@ -309,17 +344,17 @@ int run_all(uint64_t seed, int epochs, const std::vector<std::string>& filters) 
 }  // namespace flashmoe::testing
 
 int main(int argc, char** argv) {
-  uint64_t seed = 1;
-  int epochs = 3;
-  std::vector<std::string> filters;
+  flashmoe::testing::Options options;
   for (int i = 1; i < argc; ++i) {
     if (std::strncmp(argv[i], "--seed=", 7) == 0) {
-      seed = std::strtoull(argv[i] + 7, nullptr, 10);
+      options.seed = std::strtoull(argv[i] + 7, nullptr, 10);
     } else if (std::strncmp(argv[i], "--epochs=", 9) == 0) {
-      epochs = std::atoi(argv[i] + 9);
+      options.epochs = std::atoi(argv[i] + 9);
+    } else if (std::strncmp(argv[i], "--deadline=", 11) == 0) {
+      options.deadline = std::atof(argv[i] + 11);
     } else {
-      filters.emplace_back(argv[i]);
+      options.filters.emplace_back(argv[i]);
     }
   }
-  return flashmoe::testing::run_all(seed, epochs, filters);
+  return flashmoe::testing::run_all(options);
 }
