@@ -159,13 +159,13 @@ def test_the_flax_layer_under_jit_with_gradients(dtype: str) -> None:
 
 
 def test_transformations_of_a_program() -> None:
-    layer = plain("bfloat16")
+    layer = plain("bfloat16", router="caller")
     batch, params = inputs.batch(layer, "uniform"), inputs.parameters(layer)
-    x = jnp.asarray(batch.x)
+    routing = jax.tree.map(jnp.asarray, batch.routing)
 
+    # Nothing of it is XLA's, which may round in other places in another program.
     def once(x: jax.Array) -> jax.Array:
-        y, _ = fm.moe(x, params, layer.config, implementation="fused")
-        return x + y
+        return fm.moe(x, params, layer.config, routing, implementation="fused")[0]
 
     def twice(x: jax.Array) -> jax.Array:
         return once(once(x))
@@ -173,15 +173,13 @@ def test_transformations_of_a_program() -> None:
     def scanned(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (once(x), None), x, None, length=2)[0]
 
-    want = jax.jit(twice)(x)
-    assert jnp.isfinite(want).all()
+    x = jnp.asarray(batch.x)
+    want = np.asarray(jax.jit(twice)(x))
+    assert np.isfinite(want.astype(np.float32)).all()
     for program in (scanned, jax.checkpoint(twice)):
         np.testing.assert_array_equal(jax.jit(program)(x), want)
-    # Without jit XLA fuses less and may round in other places, but the layer is one call.
     with jax.disable_jit():
-        y, _ = fm.moe(x, params, layer.config, implementation="fused")
-    jitted = jax.jit(functools.partial(fm.moe, config=layer.config, implementation="fused"))
-    np.testing.assert_array_equal(y, jitted(x, params)[0])
+        np.testing.assert_array_equal(twice(x), want)
 
 
 def test_memory_is_made_by_execution_and_freed() -> None:
