@@ -238,6 +238,7 @@ def test_gradients_are_those_of_xla(
         for implementation in ("fused", "xla")
     )
     assert any(np.any(leaf) for leaf in jax.tree.leaves(xla[1]))
+    # The same operations in float32, which XLA fuses otherwise in another program.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fused, xla)
 
 

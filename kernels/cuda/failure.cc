@@ -35,8 +35,6 @@ std::string describe(const ErrorRecord& error, const core::Shape& shape) {
   switch (static_cast<Failure>(error.failure)) {
     case Failure::kNone:
       return "nothing failed";
-    case Failure::kBrokenHeap:
-      return pe + "an earlier call on this symmetric heap failed";
     case Failure::kBadIndex:
       return "expert index " + text(std::bit_cast<int64_t>(error.seen)) + " (" +
              place(error, error.expected, shape) + ") is out of range: allowed are 0 to " +

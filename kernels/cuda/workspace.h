@@ -15,7 +15,6 @@ namespace flashmoe::cuda {
 // Where a PE was when it failed. Python's error messages say the same in words.
 enum class Failure : uint32_t {
   kNone,
-  kBrokenHeap,  // an earlier launch failed on this heap
   kBadIndex,    // of slot `expected`: the index `seen`
   kBadWeight,   // of slot `expected`: not finite
   kBarrier,     // CTAs of this PE

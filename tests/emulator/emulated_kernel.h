@@ -18,6 +18,7 @@
 #include "kernels/cuda/kernel_arguments.h"
 #include "kernels/emulator/emulator.h"
 #include "tests/emulator/gate_reference.h"
+#include "tests/emulator/kernel_layer.h"
 #include "tests/native/harness.h"
 #include "tests/native/problem.h"
 
@@ -52,22 +53,6 @@ const cuda::KernelVariant& emulated_variant() {
       .kernel = nullptr,
   };
   return variant;
-}
-
-inline cuda::CallSizes sizes_of(const Layer& layer) {
-  const core::Shape& shape = layer.shape;
-  return {
-      .num_pes = shape.num_pes,
-      .tokens = shape.tokens,
-      .hidden = shape.hidden,
-      .intermediate = shape.intermediate,
-      .num_experts = shape.num_experts,
-      .experts_per_token = shape.experts_per_token,
-      .capacity = shape.capacity,
-      .max_rows = shape.max_rows,
-      .dtype = layer.dtype,
-      .exact = true,
-  };
 }
 
 inline cuda::Gate gate_of(const GateSizes& sizes) {

@@ -106,25 +106,9 @@ class KernelCases {
   static Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate,
                      int32_t experts, int32_t k, int parts,
                      Activation activation = Activation::kSilu) {
-    Layer made{};
-    made.shape = core::Shape{
-        .num_pes = pes,
-        .tokens = tokens,
-        .hidden = hidden,
-        .intermediate = intermediate,
-        .num_experts = experts,
-        .experts_per_token = k,
-        .capacity = core::kNoCapacity,
-        .max_rows = int64_t{pes} * tokens * k,
-        .block_rows = Engine::kBlockRows,
-        .block_tokens = 1,
-        .block_columns = Engine::kColumns,
-    };
-    made.dtype = emulated_variant<Engine>().dtype;
-    made.gated = (parts & kGated) != 0;
-    made.biased = (parts & kBiased) != 0;
-    made.activation = activation;
-    return made;
+    return kernel_layer({pes, tokens, hidden, intermediate, experts, k},
+                        emulated_variant<Engine>().dtype, (parts & kGated) != 0,
+                        (parts & kBiased) != 0, activation);
   }
 
   static void check_no_failure(const KernelResult& result) {
@@ -214,14 +198,18 @@ class KernelCases {
   }
 
   static constexpr double kShortDeadline = 0.05;
+  static constexpr int32_t kPes = 3;  // of the calls that go wrong
+  static std::vector<Problem> one_call(uint64_t seed) {
+    std::vector<Problem> problems;
+    problems.emplace_back(layer(kPes, 5, 16, 24, 6, 2, kGated), Routing::kDistinct, seed);
+    return problems;
+  }
 
   // By their deadline, the others say whom they miss, and poison their results.
   static void absent_pe(uint64_t seed) {
-    constexpr int32_t kPes = 3;
     Random random(seed);
     const auto absent = static_cast<int32_t>(random.between(0, kPes - 1));
-    std::vector<Problem> problems;
-    problems.emplace_back(layer(kPes, 5, 16, 24, 6, 2, kGated), Routing::kDistinct, seed);
+    std::vector<Problem> problems = one_call(seed);
     const KernelResult result = run_kernel_on_emulator<Engine>(
         problems, seed,
         {.ctas = 2,
@@ -245,12 +233,10 @@ class KernelCases {
 
   // A PE gives up early, wherever it may be. All end, and a result is right or NaN.
   static void impatient_pe(uint64_t seed) {
-    constexpr int32_t kPes = 3;
     Random random(seed);
     const auto impatient = static_cast<int32_t>(random.between(0, kPes - 1));
     const auto deadline = uint64_t{1} << random.between(0, 17);  // nanoseconds
-    std::vector<Problem> problems;
-    problems.emplace_back(layer(kPes, 5, 16, 24, 6, 2, kGated), Routing::kDistinct, seed);
+    std::vector<Problem> problems = one_call(seed);
     const KernelResult result = run_kernel_on_emulator<Engine>(
         problems, seed,
         {.ctas = 2,

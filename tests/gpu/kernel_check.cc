@@ -22,6 +22,7 @@
 #include "kernels/cuda/gpu.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
+#include "tests/emulator/kernel_layer.h"
 #include "tests/native/harness.h"
 #include "tests/native/problem.h"
 #include "tests/native/reference.h"
@@ -112,21 +113,7 @@ class Run {
   const cuda::Configuration& configuration() const { return configuration_; }
 
   static cuda::Configuration configure(const Layer& layer, const cuda::Gpu& gpu) {
-    const core::Shape& shape = layer.shape;
-    return cuda::configure(
-        {
-            .num_pes = shape.num_pes,
-            .tokens = shape.tokens,
-            .hidden = shape.hidden,
-            .intermediate = shape.intermediate,
-            .num_experts = shape.num_experts,
-            .experts_per_token = shape.experts_per_token,
-            .capacity = shape.capacity,
-            .max_rows = shape.max_rows,
-            .dtype = layer.dtype,
-            .exact = true,
-        },
-        gpu, shape.num_pes);
+    return cuda::configure(sizes_of(layer), gpu, layer.shape.num_pes);
   }
 
   // As if so many epochs had been executed.
@@ -186,25 +173,8 @@ struct GpuCase {
 
 Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate, int32_t experts,
             int32_t k, DType dtype, bool gated, bool biased, Activation activation) {
-  Layer made{};
-  made.shape = core::Shape{
-      .num_pes = pes,
-      .tokens = tokens,
-      .hidden = hidden,
-      .intermediate = intermediate,
-      .num_experts = experts,
-      .experts_per_token = k,
-      .capacity = core::kNoCapacity,
-      .max_rows = int64_t{pes} * tokens * k,
-      .block_rows = 128,
-      .block_tokens = 1,
-      .block_columns = 128,
-  };
-  made.dtype = dtype;
-  made.gated = gated;
-  made.biased = biased;
-  made.activation = activation;
-  return made;
+  return kernel_layer({pes, tokens, hidden, intermediate, experts, k}, dtype, gated, biased,
+                      activation);
 }
 
 std::vector<GpuCase> gpu_cases() {
