@@ -19,6 +19,9 @@
 //   Hence a race is reported although this one run may have gone well. A copy of the tensor memory
 //   accelerator and a wgmma are not a part of the thread that issues them: they have an identity of
 //   their own, which others come to know by the wait for them.
+// * A put_signal has an identity that nobody knows until its signal is updated, then one of the
+//   signal, which whoever acquires that comes to know. So it is found whenever its bytes could be
+//   seen too early, its source be changed too early, or another put's signal be taken for its own.
 // * A thread has two clocks: what it has seen, and what of that is visible to the async proxy.
 //   fence_proxy_async makes the second equal to the first. What tma_load and wgmma read must be in
 //   the second.
@@ -47,6 +50,8 @@ class Failure : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+class GlobalMemory;
+
 struct Launch {
   int blocks = 1;
   int threads = 32;  // of a CTA, a multiple of 32
@@ -55,6 +60,8 @@ struct Launch {
   // The GPU on which each CTA runs; empty if there is one GPU. Scope::kGpu does not order accesses
   // of threads on different ones.
   std::vector<int> gpu_of_block{};
+  // By PE, which is a GPU: memory of equal size that puts reach.
+  std::vector<const GlobalMemory*> symmetric{};
   // A launch that needs more hook calls or virtual time than this fails.
   uint64_t max_steps = 500'000'000;
   uint64_t max_nanoseconds = 1'000'000'000'000;

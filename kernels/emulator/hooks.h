@@ -58,6 +58,11 @@ struct TensorMap {
 };
 void tma_load(void* shared, const TensorMap* map, void* barrier, int32_t x, int32_t y, int32_t z);
 
+// NVSHMEM. Addresses are those of the objects in the caller's own symmetric memory.
+void put_signal(void* target, const void* source, size_t bytes, uint64_t* signal, uint64_t value,
+                bool add, int pe);
+void quiet();
+
 // Tensor cores.
 enum class MmaType { kBFloat16, kFloat16, kTf32 };
 // mma.sync: m16n8k16 for the 16-bit types, m16n8k8 for tf32. Registers of this lane; d += a b.

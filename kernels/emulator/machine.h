@@ -50,6 +50,7 @@ enum class Wait : uint8_t {
   kTime,
   kWgmma,
   kNextKernel,
+  kQuiet,
   kEnded
 };
 
@@ -89,6 +90,19 @@ struct Thread {
 
   std::vector<PendingCopy> copies;  // since the last async_copy_arrive
   uint64_t last_arrival = 0;        // when the last async_copy_arrive arrives
+  int puts = 0;                     // that have not signalled
+  View put;                         // what those that have make known
+};
+
+// A put_signal that has not signalled.
+struct Put {
+  size_t source, target, bytes, signal;  // offsets in Memory
+  uint64_t value;
+  bool add;
+  Id thread;
+  Id flight;        // who accesses source and target meanwhile, and
+  uint32_t number;  // when
+  View released;    // by the thread
 };
 
 enum class WarpOperation : uint8_t { kNone, kSync, kShuffle, kBallot, kMatch, kMma, kLdmatrix };
@@ -133,9 +147,9 @@ struct Mbarrier {
 };
 
 struct Agent {
-  enum class Kind { kCopies, kWgmma } kind;
+  enum class Kind { kCopies, kWgmma, kPut } kind;
   int block;
-  size_t which;  // offset of the mbarrier, or index of the warpgroup
+  size_t which;  // offset of the mbarrier or the signal, or index of the warpgroup
 };
 
 struct Gpu {
@@ -155,6 +169,10 @@ struct AtomicLocation {
     View scopes[2];  // by Scope: those of that scope
   };
   std::vector<Releases> gpus;
+  uint32_t puts = 0;  // whose signal it was
+  Id network = 0;     // who did what these puts did
+  // Since somebody last stored to it. Additions of both kinds are not atomic to each other.
+  bool added_by_threads = false, added_by_network = false;
 };
 
 struct Event {
@@ -222,6 +240,10 @@ class Machine {
   void end_kernel(Thread& thread);  // what it must have waited for by then
   void begin_next_kernel(Gpu& gpu);
 
+  // puts.cc
+  Id new_flight(Id thread);
+  void deliver(Put& put);
+
   // report.cc
   [[noreturn]] void fail(const std::string& message);
   [[noreturn]] void report(const Conflict& conflict);
@@ -247,6 +269,10 @@ class Machine {
   std::vector<Gpu> gpus;
   std::vector<std::unique_ptr<Mbarrier>> retired;  // of earlier kernels
   std::vector<Agent> agents;
+  // Whose put has which identity of those just below kMaxId, or kNoThread.
+  static constexpr Id kNoThread = kMaxId;
+  std::vector<Id> flights;
+  uint32_t puts = 0;                                   // so far
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;  // made when used
   std::unordered_map<size_t, AtomicLocation> locations;
   Clocks clocks;

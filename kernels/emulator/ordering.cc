@@ -42,7 +42,9 @@ void Machine::sync_warp(Warp& warp) {
 }
 
 Id Machine::new_agent(Agent agent) {
-  if (threads.size() + agents.size() >= kMaxId) fail("too many mbarriers in one launch");
+  if (threads.size() + agents.size() + flights.size() >= kMaxId) {
+    fail("too many mbarriers and signals in one launch");
+  }
   agents.push_back(agent);
   return static_cast<Id>(threads.size() + agents.size() - 1);
 }
@@ -117,6 +119,12 @@ struct Atomic {
     }
     AtomicLocation& location = m.locations[offset];
     if (!modifies) location.gpus.clear();
+    if (modifies && location.added_by_network) {
+      m.fail("signal misuse: " + m.who(thread) + " adds atomically to " + m.where(offset) +
+             ", to which puts add; neither is atomic to the other");
+    }
+    location.added_by_threads = modifies;
+    if (!modifies) location.added_by_network = false;
     location.gpus.resize(m.gpus.size());
     AtomicLocation::Releases& mine = location.gpus[static_cast<size_t>(m.block_of(thread).gpu)];
     for (const int s : {kGpu, kSystem}) mine.scopes[s] = m.join(mine.scopes[s], released[s]);

@@ -64,7 +64,13 @@ std::string Machine::who(Id id, uint32_t epoch) const {
            " that has not arrived";
   }
   if (id < threads.size()) return who(threads[id]);
+  if (id >= threads.size() + agents.size()) {
+    return "a put of " + who(threads[flights[kMaxId - 1 - id]]) + " that has not signalled";
+  }
   const Agent& agent = agents[id - threads.size()];
+  if (agent.kind == Agent::Kind::kPut) {
+    return "a put that signalled " + where(agent.which);
+  }
   if (agent.kind == Agent::Kind::kWgmma) {
     return "a wgmma of block " + std::to_string(agent.block) + " warpgroup " +
            std::to_string(agent.which);
@@ -140,6 +146,8 @@ std::string Machine::waits_for(const Thread& thread) const {
       return "have ended";
     case Wait::kNextKernel:
       return "next_kernel, for which all CTAs of the GPU must have ended this one";
+    case Wait::kQuiet:
+      return "quiet, while " + std::to_string(thread.puts) + " puts have not signalled";
     case Wait::kTime:
       return "sleep or poll in " + std::string(thread.doing) + " (code " +
              code_address(thread.place) + ")";

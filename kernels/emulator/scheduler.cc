@@ -101,6 +101,7 @@ Machine::~Machine() {
       highest = std::max(highest, shadow.base() + 2 + barrier->phase);
     }
   }
+  highest = std::max(highest, shadow.base() + 2 + puts);
   for (const auto& barrier : retired) {
     highest = std::max(highest, shadow.base() + 2 + barrier->phase);
   }

@@ -11,7 +11,7 @@ int main(int argc, char** argv) {
   return run_cases(argc, argv, [](const Schedules&) {
     std::vector<Case> cases;
     for (auto group : {ordering_cases, warp_cases, async_copy_cases, wgmma_cases, schedule_cases,
-                       tensor_core_cases, gate_cases}) {
+                       tensor_core_cases, gate_cases, put_cases}) {
       std::vector<Case> more = group();
       std::move(more.begin(), more.end(), std::back_inserter(cases));
     }
