@@ -9,6 +9,7 @@
 #include "kernels/core/shape.h"
 #include "kernels/core/types.h"
 #include "kernels/cuda/gate_arguments.h"
+#include "kernels/cuda/network_layout.h"
 #include "kernels/cuda/workspace.h"
 #include "kernels/device/tensor_map.h"
 
@@ -45,6 +46,12 @@ struct PeArguments {
   bool absent;             // for tests: a PE that never enters
 };
 
+// Only for kernels with the network transport.
+struct NetworkArguments {
+  NetworkLayout layout;
+  int32_t processes[kMaxPes];  // NVSHMEM's number of each PE
+};
+
 struct KernelArguments {
   core::Shape shape;
   core::HeapLayout heap;
@@ -57,9 +64,10 @@ struct KernelArguments {
   bool check_weights;         // a slot weight that is not finite is an error
   bool remote;                // some PE is on another GPU
   bool routes;                // the gate runs inside: `gate` says how
-  std::byte* heaps[kMaxPes];  // the heap of each PE, as this GPU addresses it
+  std::byte* heaps[kMaxPes];  // the heap of each PE, as this GPU addresses it; null: it cannot
   GateArguments gates[kMaxVirtualPes];
   PeArguments pes[kMaxVirtualPes];
+  NetworkArguments network;
 };
 
 }  // namespace flashmoe::cuda

@@ -41,7 +41,7 @@ FLASHMOE_DEVICE void weighted_sum(Element* y, const Element* returned, uint32_t 
 }  // namespace internal
 
 // kPiecesPerTile: signals that each tile of the second stage sends for a row.
-template <typename Element, int kPiecesPerTile, int kWarps>
+template <typename Element, int kPiecesPerTile, typename Transport, int kWarps>
 FLASHMOE_DEVICE void combine(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const core::Shape& shape = context.shape();
@@ -62,14 +62,9 @@ FLASHMOE_DEVICE void combine(const CommGroup<kWarps>& group) {
       if (kept) weight = context.pe.weights[slot];
     }
     const uint32_t mask = device::ballot(kept);
-    uint64_t* came_back = context.came_back(context.rank, token);
     bool ok = true;
     if (group.lane() == 0) {
-      ok = wait_for_count<device::Scope::kSystem>(context, came_back,
-                                                  uint64_t{pieces} * device::count_bits(mask),
-                                                  Failure::kResults, token);
-      // Nobody adds to it again before this PE publishes its next counts.
-      device::store_relaxed<device::Scope::kSystem>(came_back, uint64_t{0});
+      ok = Transport::wait_for_results(context, token, uint64_t{pieces} * device::count_bits(mask));
     }
     if (!device::all(ok)) return;
     device::warp_sync();

@@ -42,6 +42,7 @@ const KernelVariant* find_variant(std::span<const KernelVariant> variants, const
   const KernelVariant* found = nullptr;
   for (const KernelVariant& variant : variants) {
     if (variant.dtype != sizes.dtype || (is_float && variant.exact != sizes.exact)) continue;
+    if (variant.network != sizes.network) continue;
     if (variant.block_rows == wanted) return &variant;
     if (found == nullptr) found = &variant;
   }
@@ -64,14 +65,17 @@ Configuration configure(const CallSizes& sizes, const KernelVariant& variant, in
       .block_columns = variant.columns,
   };
   const int32_t element_bytes = sizes.element_bytes();
+  const core::HeapLayout heap(
+      shape,
+      core::Traffic{.backward = false, .resend_rows = false, .element_bytes = element_bytes});
   return {
       .variant = &variant,
+      .kernel = variant.kernel,
       .shape = shape,
       .element_bytes = element_bytes,
       .ctas = ctas,
-      .heap = core::HeapLayout(
-          shape,
-          core::Traffic{.backward = false, .resend_rows = false, .element_bytes = element_bytes}),
+      .heap = heap,
+      .network = variant.network ? NetworkLayout(shape, heap) : NetworkLayout(),
       .workspace = WorkspaceLayout(shape, ctas, element_bytes),
   };
 }

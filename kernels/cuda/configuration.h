@@ -7,6 +7,7 @@
 #include "kernels/core/heap_layout.h"
 #include "kernels/core/shape.h"
 #include "kernels/core/types.h"
+#include "kernels/cuda/network_layout.h"
 #include "kernels/cuda/variants.h"
 #include "kernels/cuda/workspace.h"
 
@@ -30,6 +31,8 @@ struct CallSizes {
   int64_t max_rows;
   core::DType dtype;
   bool exact;  // float products with the error of float; else TF32
+  // Some PE of the group cannot address the heap of another one.
+  bool network = false;
 
   int32_t element_bytes() const { return dtype == core::DType::kFloat32 ? 4 : 2; }
   friend bool operator==(const CallSizes&, const CallSizes&) = default;
@@ -37,17 +40,20 @@ struct CallSizes {
 
 struct Configuration {
   const KernelVariant* variant;
+  const void* kernel;  // that is launched: the variant's, or one of NetworkKernels
   core::Shape shape;
   int32_t element_bytes;
   int32_t ctas;  // of each PE
   core::HeapLayout heap;
+  NetworkLayout network;  // empty without the network transport
   WorkspaceLayout workspace;
 
-  int64_t bytes() const { return heap.bytes + workspace.bytes; }
+  int64_t heap_bytes() const { return variant->network ? network.bytes : heap.bytes; }
+  int64_t bytes() const { return heap_bytes() + workspace.bytes; }
 };
 
 // The kernel for a call, of those that there are for its GPU: the one with the row blocks that suit
-// the call if there is one. Null: none has its element type.
+// the call if there is one. Null: none has its element type and transport.
 const KernelVariant* find_variant(std::span<const KernelVariant> variants, const CallSizes& sizes);
 
 // Throws std::invalid_argument for sizes that the kernel does not take.

@@ -14,7 +14,7 @@ namespace flashmoe::cuda {
 // Rows of a batch when there are enough for all warps.
 inline constexpr int32_t kDispatchBatch = 8;
 
-template <int kWarps>
+template <typename Transport, int kWarps>
 FLASHMOE_DEVICE void dispatch(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const core::Shape& shape = context.shape();
@@ -46,19 +46,20 @@ FLASHMOE_DEVICE void dispatch(const CommGroup<kWarps>& group) {
       const int32_t to_pe = device::shuffle(pe, i);
       const int32_t to_row = device::shuffle(row, i);
       if (source < 0) continue;
-      std::byte* to = context.heap<std::byte>(to_pe, context.arguments.heap.recv);
-      copy_by_warp(to + to_row * row_bytes, x + (source / shape.experts_per_token) * row_bytes,
-                   row_bytes, group.lane());
+      copy_by_warp(Transport::row(context, to_pe, to_row, first + i),
+                   x + (source / shape.experts_per_token) * row_bytes, row_bytes, group.lane());
     }
     if (slot >= 0) {
-      context.heap<core::Origin>(pe, context.arguments.heap.origin)[row] =
-          core::Origin{context.rank, slot};
+      *Transport::origin(context, pe, row, first + group.lane()) = core::Origin{context.rank, slot};
     }
     device::warp_sync();
     context.fence_before_signal();
-    if (slot >= 0) {
+    if (slot >= 0 && Transport::reaches(context, pe)) {
       device::add_relaxed<device::Scope::kSystem>(context.arrived(pe, row / shape.block_rows),
-                                                  uint64_t{1});
+                                                  uint64_t{Transport::kSignalsOfRow});
+    }
+    if constexpr (Transport::kNetwork) {
+      Transport::put_rows(context, first, batch, slot >= 0, pe, row);
     }
   }
 }

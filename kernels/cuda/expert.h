@@ -22,12 +22,12 @@ struct alignas(16) Staging {
   typename Engine::Element rows[kRows][kColumns + kPadding];
 };
 
-template <typename Engine>
+template <typename Engine, typename Transport>
 struct MathRole {
   using Element = typename Engine::Element;
   using Fragments = float[Engine::kChunkFragments][4];
 
-  Tiles<Engine> tiles;
+  Tiles<Engine, Transport> tiles;
   typename Engine::Shared& shared;
   TileRing& ring;
   Staging<Engine> (&staging)[Engine::kMathWarps];
@@ -157,8 +157,8 @@ struct MathRole {
         int64_t{tile.block} * Engine::kBlockRows;
     const auto target = [&](int32_t row) {
       const core::Origin origin = origins[row];
-      return context.heap<Element>(origin.pe, context.arguments.heap.returned) +
-             int64_t{origin.slot} * width;
+      return reinterpret_cast<Element*>(
+          Transport::result(context, origin, tile.block * Engine::kBlockRows + row));
     };
     const int warp = math_warp();
     const int lane = device::lane_index();
@@ -189,9 +189,21 @@ struct MathRole {
       const int32_t row = Engine::first_row(warp, m) + lane;
       if (lane < 16 && row < tile.rows) {
         const core::Origin origin = origins[row];
+        if (!Transport::reaches(context, origin.pe)) continue;
         device::add_relaxed<device::Scope::kSystem>(
             context.came_back(origin.pe, origin.slot / context.shape().experts_per_token),
             uint64_t{1});
+      }
+    }
+    if constexpr (Transport::kNetwork) {
+      static_assert(kRowsOfPart == 16);
+#pragma unroll
+      for (int m = 0; m < Engine::kRowFragments; ++m) {
+        const int32_t row = tile.block * Engine::kBlockRows + Engine::first_row(warp, m);
+        if (lane == 0) {
+          device::add_relaxed<device::Scope::kGpu>(
+              Transport::second_done(context, row / kRowsOfPart), 1u);
+        }
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/core/epoch.h"
+#include "kernels/cuda/network_layout.h"
 
 namespace flashmoe::cuda {
 namespace {
@@ -61,6 +62,11 @@ std::string describe(const ErrorRecord& error, const core::Shape& shape) {
       return missing(error,
                      "first-stage tiles missing in phase expert for row block " +
                          text(error.awaited) + ", awaited from this PE itself",
+                     "");
+    case Failure::kSecondStage:
+      return missing(error,
+                     "second-stage tiles missing in phase expert for the rows from " +
+                         text(error.awaited * kRowsOfPart) + " on, awaited from this PE itself",
                      "");
     case Failure::kResults:
       return missing(error, "results missing in phase combine for token " + text(error.awaited),

@@ -19,6 +19,7 @@
 #include "kernels/cuda/gate.h"
 #include "kernels/cuda/route.h"
 #include "kernels/cuda/tiles.h"
+#include "kernels/cuda/transport.h"
 #include "kernels/device/barrier.h"
 #include "kernels/device/mbarrier.h"
 #include "kernels/device/registers.h"
@@ -45,7 +46,7 @@ struct KernelShared {
   bool last;                 // this CTA is the last of its PE to end
 };
 
-template <typename Engine>
+template <typename Engine, typename Transport>
 struct Kernel {
   using Element = typename Engine::Element;
   using Shared = KernelShared<Engine>;
@@ -55,7 +56,9 @@ struct Kernel {
   static_assert(kFirstMathWarp % 4 == 0, "math warps are whole warpgroups");
 
   // Registers of a thread where they can be moved between warpgroups. The launch gives all threads
-  // the same number; what the other roles do not need goes to the math warps.
+  // the same number; what the other roles do not need goes to the math warps. Functions of another
+  // library may need more than is left to their callers, so it is not done with those of NVSHMEM.
+  static constexpr bool kMovesRegisters = Engine::kMovesRegisters && !Transport::kNetwork;
   static constexpr int kOtherRegisters = 88;
   static constexpr int kMathRegisters = 208;
 
@@ -123,32 +126,37 @@ struct Kernel {
   FLASHMOE_DEVICE void run_roles() const {
     const int warp = device::warp_index();
     const Context context = this->context();
-    const Tiles<Engine> tiles{context};
+    const Tiles<Engine, Transport> tiles{context};
     if (warp >= kFirstMathWarp) {
-      if constexpr (Engine::kMovesRegisters) device::take_registers<kMathRegisters>();
-      MathRole<Engine>{tiles, shared.engine, shared.ring, shared.staging}.run();
+      if constexpr (kMovesRegisters) device::take_registers<kMathRegisters>();
+      MathRole<Engine, Transport>{tiles, shared.engine, shared.ring, shared.staging}.run();
     } else {
-      if constexpr (Engine::kMovesRegisters) device::keep_registers<kOtherRegisters>();
+      if constexpr (kMovesRegisters) device::keep_registers<kOtherRegisters>();
       if (warp < Engine::kCommWarps) {
         communicate(context);
       } else {
         device::mbarrier_wait(&shared.planned, 0);
-        TileProducer<Engine>{tiles, shared.engine, shared.ring}.run(warp - Engine::kCommWarps,
-                                                                    shared.ok);
+        TileProducer<Engine, Transport>{tiles, shared.engine, shared.ring}.run(
+            warp - Engine::kCommWarps, shared.ok);
       }
     }
   }
 
   FLASHMOE_DEVICE void communicate(const Context& context) const {
     const Comm group = comm_group(context);
-    const bool ok = route_and_plan(group);
+    const bool ok = route_and_plan<Transport>(group);
     if (group.thread == 0) {
       if (!ok) shared.ok = false;
       device::mbarrier_arrive(&shared.planned);
     }
     if (!ok) return;
-    dispatch(group);
-    combine<Element, Tiles<Engine>::kPiecesOfRow>(group);
+    dispatch<Transport>(group);
+    constexpr int kPieces = Tiles<Engine, Transport>::kPiecesOfRow;
+    if constexpr (Transport::kNetwork) {
+      const auto pieces = static_cast<uint32_t>(context.shape().hidden_tiles()) * kPieces;
+      if (!Transport::put_results(group, pieces)) return;
+    }
+    combine<Element, kPieces, Transport>(group);
   }
 
   // The last CTA of the PE leaves everything as the next launch expects it.
@@ -172,6 +180,9 @@ struct Kernel {
         device::store_relaxed<Scope::kSystem>(context.arrived(context.rank, block), uint64_t{0});
         device::store_relaxed<Scope::kGpu>(context.first_done(block), 0u);
       }
+      if constexpr (Transport::kNetwork) {
+        Transport::reset(context, device::thread_index(), Engine::kThreads);
+      }
     }
     if (device::thread_index() == 0) {
       control->epoch = context.epoch;
@@ -190,11 +201,11 @@ struct Kernel {
 };
 
 // By every thread of a launch of arguments.ctas CTAs for each of its PEs.
-template <typename Engine>
+template <typename Engine, typename Transport>
 FLASHMOE_DEVICE void run_kernel(const KernelArguments& arguments) {
   if (arguments.pes[device::block_index() / arguments.ctas].absent) return;
   auto& shared = *reinterpret_cast<KernelShared<Engine>*>(device::shared_memory());
-  Kernel<Engine>{arguments, shared}.run();
+  Kernel<Engine, Transport>{arguments, shared}.run();
 }
 
 }  // namespace flashmoe::cuda

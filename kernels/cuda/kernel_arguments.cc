@@ -67,7 +67,8 @@ uint64_t nanoseconds(double seconds) {
 KernelArguments kernel_arguments(const Configuration& configuration, const Call& call,
                                  int32_t first_pe, std::span<std::byte* const> heaps,
                                  std::span<const PePlace> places,
-                                 std::span<const PeBuffers> buffers, EncodeTensorMap* encode) {
+                                 std::span<const PeBuffers> buffers, EncodeTensorMap* encode,
+                                 std::span<const int32_t> processes) {
   const core::Shape& shape = configuration.shape;
   const KernelVariant& variant = *configuration.variant;
   const auto pes = static_cast<int32_t>(buffers.size());
@@ -90,8 +91,15 @@ KernelArguments kernel_arguments(const Configuration& configuration, const Call&
       .heaps = {},
       .gates = {},
       .pes = {},
+      .network = {.layout = configuration.network, .processes = {}},
   };
   std::copy(heaps.begin(), heaps.end(), arguments.heaps);
+  if (variant.network) {
+    if (processes.size() != heaps.size()) {
+      throw std::invalid_argument("a network transport that does not know the PEs' processes");
+    }
+    std::copy(processes.begin(), processes.end(), arguments.network.processes);
+  }
   for (int32_t i = 0; i < pes; ++i) {
     const PeBuffers& own = buffers[i];
     PeArguments& pe = arguments.pes[i];

@@ -28,6 +28,7 @@ using EncodeTensorMap = device::TensorMap(const TiledTensor& tensor);
 KernelArguments kernel_arguments(const Configuration& configuration, const Call& call,
                                  int32_t first_pe, std::span<std::byte* const> heaps,
                                  std::span<const PePlace> places,
-                                 std::span<const PeBuffers> buffers, EncodeTensorMap* encode);
+                                 std::span<const PeBuffers> buffers, EncodeTensorMap* encode,
+                                 std::span<const int32_t> processes = {});
 
 }  // namespace flashmoe::cuda

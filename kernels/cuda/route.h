@@ -125,24 +125,27 @@ FLASHMOE_DEVICE void list_slots(const CommGroup<kWarps>& group) {
 }
 
 // Puts this PE's counts into the heaps of all PEs, then says so.
-template <int kWarps>
+template <typename Transport, int kWarps>
 FLASHMOE_DEVICE void publish(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const core::Shape& shape = context.shape();
   group.for_each(0, shape.num_pes * shape.num_experts, [&](int32_t i) {
     const int32_t pe = i / shape.num_experts, expert = i % shape.num_experts;
+    if (!Transport::reaches(context, pe)) return;
     context.counts(pe, context.rank)[expert] = group.shared.count[expert];
   });
   context.fence_before_signal();
   group.sync();
   const uint64_t word = core::counted_word(context.arguments.tag, context.epoch);
   group.for_each(0, shape.num_pes, [&](int32_t pe) {
+    if (!Transport::reaches(context, pe)) return;
     device::store_release<device::Scope::kSystem>(context.counted(pe, context.rank), word);
   });
+  if constexpr (Transport::kNetwork) Transport::put_counts(group, word);
 }
 
 // Waits for the counts of every PE.
-template <int kWarps>
+template <typename Transport, int kWarps>
 FLASHMOE_DEVICE bool collect_counts(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const uint32_t tag = context.arguments.tag;
@@ -160,6 +163,9 @@ FLASHMOE_DEVICE bool collect_counts(const CommGroup<kWarps>& group) {
     if (came && core::judge_counted(last, tag, context.epoch) == core::Counted::kOtherCall) {
       fail(context, Failure::kOtherCall, pe, core::counted_word(tag, context.epoch), last);
       ok = false;
+    }
+    if constexpr (Transport::kNetwork) {
+      if (came) Transport::saw_counts(context, pe, last);
     }
     ok = ok && came;
   });
@@ -192,7 +198,7 @@ FLASHMOE_DEVICE void make_plan(const CommGroup<kWarps>& group) {
 }  // namespace internal
 
 // By all communication warps; false if the PE has failed.
-template <int kWarps>
+template <typename Transport, int kWarps>
 FLASHMOE_DEVICE bool route_and_plan(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const int32_t experts = context.shape().num_experts;
@@ -208,13 +214,13 @@ FLASHMOE_DEVICE bool route_and_plan(const CommGroup<kWarps>& group) {
 
   internal::add_up_ctas(group);
   group.sync();
-  if (context.cta == 0) internal::publish(group);
+  if (context.cta == 0) internal::publish<Transport>(group);
   if (group.warp() == 0) internal::order_experts(group);
   group.sync();
   internal::list_slots(group);
   bool ok = true;
   if (context.cta == 0) {
-    ok = group.all_ok(internal::collect_counts(group));
+    ok = group.all_ok(internal::collect_counts<Transport>(group));
     if (ok) internal::make_plan(group);
   }
   return group.pe_barrier(2, ok);

@@ -45,8 +45,8 @@ FLASHMOE_DEVICE void give_back_tile(TileRing& ring, PipelinePosition<kTilesAhead
   place.advance();
 }
 
-// Everything about tiles that depends on the engine.
-template <typename Engine>
+// Everything about tiles that depends on the engine and the transport.
+template <typename Engine, typename Transport>
 struct Tiles {
   const Context& context;
 
@@ -101,9 +101,7 @@ struct Tiles {
   // Waits for what the tile reads; false if the PE has failed. By one thread.
   FLASHMOE_DEVICE bool wait_for_operands(const TileWork& tile) const {
     if (tile.kind == core::TileKind::kFirst) {
-      return wait_for_count<device::Scope::kSystem>(
-          context, context.arrived(context.rank, tile.block), static_cast<uint64_t>(tile.rows),
-          Failure::kRows, tile.block);
+      return Transport::wait_for_rows(context, tile.block, static_cast<uint64_t>(tile.rows));
     }
     return wait_for_count<device::Scope::kGpu>(
         context, context.first_done(tile.block),
@@ -113,9 +111,9 @@ struct Tiles {
 };
 
 // By all producer warps.
-template <typename Engine>
+template <typename Engine, typename Transport>
 struct TileProducer {
-  Tiles<Engine> tiles;
+  Tiles<Engine, Transport> tiles;
   typename Engine::Shared& shared;
   TileRing& ring;
 

@@ -9,6 +9,9 @@
 
 namespace flashmoe::cuda {
 
+// Of all kernels with the network transport.
+inline constexpr int kNetworkBlockRows = 64;
+
 struct KernelVariant {
   core::DType dtype;
   bool exact;           // float only: 3xTF32, whose error is that of float; else plain TF32
@@ -17,7 +20,9 @@ struct KernelVariant {
   int32_t threads;      // of a CTA
   size_t shared_bytes;  // dynamic
   bool tensor_maps;     // reads PeArguments::maps
-  const void* kernel;   // __global__ void(const __grid_constant__ KernelArguments)
+  bool network;         // has NetworkTransport; else DirectTransport
+  const void* kernel;   // __global__ void(const __grid_constant__ KernelArguments); null with the
+                        // network transport, see NetworkKernels
 };
 
 // For compute capability 8.0 and later.

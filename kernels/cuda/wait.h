@@ -32,7 +32,8 @@ FLASHMOE_DEVICE void fail(const Context& context, Failure failure, int64_t await
 // A wait for CTAs of the same PE has twice the deadline: what keeps them is a wait for another PE,
 // which then reports first, and names it.
 FLASHMOE_DEVICE uint64_t deadline_of(const Context& context, Failure failure) {
-  const bool own = failure == Failure::kBarrier || failure == Failure::kFirstStage;
+  const bool own = failure == Failure::kBarrier || failure == Failure::kFirstStage ||
+                   failure == Failure::kSecondStage;
   return device::nanoseconds() + context.arguments.deadline * (own ? 2 : 1);
 }
 

@@ -15,14 +15,15 @@ namespace flashmoe::cuda {
 // Where a PE was when it failed. Python's error messages say the same in words.
 enum class Failure : uint32_t {
   kNone,
-  kBadIndex,    // of slot `expected`: the index `seen`
-  kBadWeight,   // of slot `expected`: not finite
-  kBarrier,     // CTAs of this PE
-  kCounts,      // row counts of PE `awaited`
-  kOtherCall,   // PE `awaited` executes another call: its word is `seen`
-  kRows,        // rows of row block `awaited`
-  kFirstStage,  // first-stage tiles of row block `awaited`
-  kResults,     // results of token `awaited`
+  kBadIndex,     // of slot `expected`: the index `seen`
+  kBadWeight,    // of slot `expected`: not finite
+  kBarrier,      // CTAs of this PE
+  kCounts,       // row counts of PE `awaited`
+  kOtherCall,    // PE `awaited` executes another call: its word is `seen`
+  kRows,         // rows of row block `awaited`
+  kFirstStage,   // first-stage tiles of row block `awaited`
+  kSecondStage,  // second-stage tiles of the `awaited`-th kRowsOfPart received rows
+  kResults,      // results of token `awaited`
 };
 
 // Written by the first thread of a PE that fails, `failure` last.

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "kernels/cuda/failure.h"
 #include "kernels/cuda/kernel.h"
 #include "kernels/cuda/kernel_arguments.h"
+#include "kernels/cuda/network_transport.h"
 #include "kernels/emulator/emulator.h"
 #include "tests/emulator/gate_reference.h"
 #include "tests/emulator/kernel_layer.h"
@@ -37,7 +39,7 @@ inline device::TensorMap encode_for_emulator(const cuda::TiledTensor& tensor) {
                                   static_cast<uint32_t>(tensor.box_rows), 1}});
 }
 
-template <typename Engine>
+template <typename Engine, typename Transport>
 const cuda::KernelVariant& emulated_variant() {
   using Element = typename Engine::Element;
   static const cuda::KernelVariant variant{
@@ -50,6 +52,7 @@ const cuda::KernelVariant& emulated_variant() {
       .threads = Engine::kThreads,
       .shared_bytes = sizeof(cuda::KernelShared<Engine>),
       .tensor_maps = Engine::kMovesRegisters,
+      .network = Transport::kNetwork,
       .kernel = nullptr,
   };
   return variant;
@@ -71,7 +74,7 @@ class EmulatedPes {
   explicit EmulatedPes(const cuda::Configuration& configuration) : configuration_(configuration) {
     for (int32_t pe = 0; pe < configuration.shape.num_pes; ++pe) {
       const std::string of = " of PE " + std::to_string(pe);
-      heaps_.emplace_back(static_cast<size_t>(configuration.heap.bytes), "heap" + of);
+      heaps_.emplace_back(static_cast<size_t>(configuration.heap_bytes()), "heap" + of);
       workspaces_.emplace_back(static_cast<size_t>(configuration.workspace.bytes),
                                "workspace" + of);
       errors_.emplace_back(sizeof(cuda::ErrorRecord), "error record" + of);
@@ -80,7 +83,10 @@ class EmulatedPes {
       // that nobody has written; these are NaN, and must not matter.
       const core::HeapLayout& heap = configuration.heap;
       const cuda::WorkspaceLayout& workspace = configuration.workspace;
-      for (const core::Section& section : {heap.counted, heap.arrived, heap.came_back}) {
+      const cuda::NetworkLayout& network = configuration.network;
+      for (const core::Section& section :
+           {heap.counted, heap.arrived, heap.came_back, network.arrived, network.came_back,
+            network.second_done}) {
         write(heaps_.back(), section, std::byte{0});
       }
       for (const core::Section& section : {workspace.control, workspace.first_done}) {
@@ -91,6 +97,7 @@ class EmulatedPes {
     }
   }
 
+  const std::vector<emulator::GlobalMemory>& heap_memory() const { return heaps_; }
   std::vector<std::byte*> heaps() const {
     std::vector<std::byte*> all;
     for (const auto& heap : heaps_) all.push_back(heap.data());
@@ -213,6 +220,8 @@ struct KernelTrial {
   double deadline = 10;  // seconds, of virtual time
   // The kernel routes, with a gate of the same sizes on all PEs; by epoch and PE.
   std::vector<std::vector<GateProblem>> gates{};
+  // With NetworkTransport: whether PE `pe` stores to PE `other` itself. Null: to none but itself.
+  std::function<bool(int32_t pe, int32_t other)> reaches{};
   // Changes what the CTAs of a PE are given. For faults.
   std::function<void(cuda::KernelArguments&, size_t epoch, int32_t pe)> edit{};
 };
@@ -225,14 +234,16 @@ struct KernelResult {
 // Runs the problems, which are calls of one layer, one after the other, and writes their results
 // into them. PEs on different GPUs may be in different epochs. Throws emulator::Failure, and
 // CheckFailed if a gate's answer is wrong.
-template <typename Engine>
+template <typename Engine, typename Transport>
 KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t seed,
                                     const KernelTrial& trial) {
   const Layer& layer = problems.front().layer;
   const int32_t pes = layer.shape.num_pes;
   const cuda::Configuration configuration =
-      cuda::configure(sizes_of(layer), emulated_variant<Engine>(), trial.ctas);
+      cuda::configure(sizes_of(layer), emulated_variant<Engine, Transport>(), trial.ctas);
   const EmulatedPes memory(configuration);
+  std::vector<int32_t> processes(static_cast<size_t>(pes));
+  std::iota(processes.begin(), processes.end(), 0);
   std::deque<EmulatedCall> calls;
   std::vector<std::vector<cuda::KernelArguments>> arguments;  // by epoch and PE
   for (size_t epoch = 0; epoch < problems.size(); ++epoch) {
@@ -250,11 +261,16 @@ KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t see
     };
     cuda::KernelArguments of_all =
         cuda::kernel_arguments(configuration, call, 0, memory.heaps(), memory.places(),
-                               calls.back().buffers(), &encode_for_emulator);
+                               calls.back().buffers(), &encode_for_emulator, processes);
     of_all.remote = !trial.one_gpu;
     arguments.emplace_back(static_cast<size_t>(pes), of_all);
-    for (int32_t pe = 0; pe < pes && trial.edit; ++pe) {
-      trial.edit(arguments.back()[static_cast<size_t>(pe)], epoch, pe);
+    for (int32_t pe = 0; pe < pes; ++pe) {
+      cuda::KernelArguments& of_pe = arguments.back()[static_cast<size_t>(pe)];
+      for (int32_t other = 0; other < pes && Transport::kNetwork; ++other) {
+        if (other == pe || (trial.reaches && trial.reaches(pe, other))) continue;
+        of_pe.heaps[other] = nullptr;
+      }
+      if (trial.edit) trial.edit(of_pe, epoch, pe);
     }
   }
   emulator::Launch launch{.blocks = trial.ctas * pes,
@@ -266,11 +282,14 @@ KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t see
       launch.gpu_of_block.push_back(block / trial.ctas);
     }
   }
+  for (const emulator::GlobalMemory& heap : memory.heap_memory()) {
+    if (Transport::kNetwork) launch.symmetric.push_back(&heap);
+  }
   const emulator::Outcome outcome = emulator::launch(launch, [&] {
     const auto pe = static_cast<size_t>(device::block_index() / trial.ctas);
     for (size_t epoch = 0; epoch < arguments.size(); ++epoch) {
       if (epoch > 0) emulator::next_kernel();
-      cuda::run_kernel<Engine>(arguments[epoch][pe]);
+      cuda::run_kernel<Engine, Transport>(arguments[epoch][pe]);
     }
   });
   for (size_t epoch = 0; epoch < problems.size(); ++epoch) {

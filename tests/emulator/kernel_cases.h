@@ -19,7 +19,7 @@
 
 namespace flashmoe::testing {
 
-template <typename Engine>
+template <typename Engine, typename Transport = cuda::DirectTransport>
 class KernelCases {
  public:
   explicit KernelCases(std::string engine) : engine_(std::move(engine)) {}
@@ -60,10 +60,21 @@ class KernelCases {
     Layer bounded = layer(4, 30, 16, 24, 8, 2, kGated);
     bounded.shape.max_rows = 37;
     add("bounded memory", bounded, Routing::kSkewed);
-    cases.push_back({"kernel " + engine_ + ": virtual PEs of one GPU", [](uint64_t seed) {
-                       run_calls(layer(4, 9, 24, 24, 8, 2, kGated), Routing::kDistinct, seed,
-                                 {.ctas = 2, .one_gpu = true});
-                     }});
+    if constexpr (Transport::kNetwork) {
+      // Nodes of 1, 2 and 4 PEs.
+      for (const int32_t node : {1, 2, 4}) {
+        cases.push_back(
+            {"kernel " + engine_ + ": nodes of " + std::to_string(node), [node](uint64_t seed) {
+               run_calls(layer(8, 9, 72, 24, 16, 3, kGated | kBiased), Routing::kDistinct, seed,
+                         {.reaches = same_node(node)});
+             }});
+      }
+    } else {
+      cases.push_back({"kernel " + engine_ + ": virtual PEs of one GPU", [](uint64_t seed) {
+                         run_calls(layer(4, 9, 24, 24, 8, 2, kGated), Routing::kDistinct, seed,
+                                   {.ctas = 2, .one_gpu = true});
+                       }});
+    }
     const auto add_gated = [&](const std::string& name, const GateSizes& sizes) {
       cases.push_back(
           {"kernel " + engine_ + ": " + name, [=](uint64_t seed) { run_gated(sizes, seed); }});
@@ -107,7 +118,7 @@ class KernelCases {
                      int32_t experts, int32_t k, int parts,
                      Activation activation = Activation::kSilu) {
     return kernel_layer({pes, tokens, hidden, intermediate, experts, k},
-                        emulated_variant<Engine>().dtype, (parts & kGated) != 0,
+                        emulated_variant<Engine, Transport>().dtype, (parts & kGated) != 0,
                         (parts & kBiased) != 0, activation);
   }
 
@@ -122,7 +133,7 @@ class KernelCases {
     for (uint64_t epoch = 0; epoch < 2; ++epoch) {
       problems.emplace_back(layer, routing, 2 * seed + epoch);
     }
-    check_no_failure(run_kernel_on_emulator<Engine>(problems, seed, trial));
+    check_no_failure(run_kernel_on_emulator<Engine, Transport>(problems, seed, trial));
     for (const Problem& problem : problems) check_forward(problem, expect(problem));
   }
 
@@ -141,8 +152,23 @@ class KernelCases {
         for (size_t i = 0; i < gate.x.size(); ++i) pe.x.set(static_cast<int64_t>(i), gate.x[i]);
       }
     }
-    check_no_failure(run_kernel_on_emulator<Engine>(problems, seed, trial));
+    check_no_failure(run_kernel_on_emulator<Engine, Transport>(problems, seed, trial));
     for (const Problem& problem : problems) check_forward(problem, expect(problem));
+  }
+
+  using Reach = std::function<bool(int32_t, int32_t)>;
+
+  // PEs store to those of their own node.
+  static Reach same_node(int32_t pes_of_node) {
+    return [=](int32_t pe, int32_t other) { return pe / pes_of_node == other / pes_of_node; };
+  }
+  // Nodes, or pairs that have nothing to do with each other.
+  static Reach random_reach(Random& random) {
+    if (random.chance(0.5)) return same_node(random.pick<int32_t>({1, 2, 4}));
+    const uint64_t pairs = random.bits();
+    return [=](int32_t pe, int32_t other) {
+      return (pairs >> (8 * std::min(pe, other) + std::max(pe, other)) & 1) != 0;
+    };
   }
 
   // A random layer of few PEs; random routing.
@@ -157,9 +183,14 @@ class KernelCases {
               (random.chance(0.5) ? kGated : 0) | (random.chance(0.5) ? kBiased : 0));
     if (random.chance(0.2)) of.shape.capacity = random.between(1, 9);
     if (random.chance(0.2)) of.shape.max_rows = random.between(0, of.shape.max_rows);
-    run_calls(of, random_routing(random), seed,
-              {.ctas = static_cast<int32_t>(random.between(1, pes > 2 ? 1 : 3)),
-               .one_gpu = random.chance(0.3)});
+    KernelTrial trial{.ctas = static_cast<int32_t>(random.between(1, pes > 2 ? 1 : 3))};
+    const Routing routing = random_routing(random);
+    if constexpr (Transport::kNetwork) {
+      trial.reaches = random_reach(random);
+    } else {
+      trial.one_gpu = random.chance(0.3);
+    }
+    run_calls(of, routing, seed, trial);
   }
 
   // Three calls, so that PEs meet that are in different epochs and every signal is used again.
@@ -181,7 +212,7 @@ class KernelCases {
     if (!epochs_) epochs_ = std::make_unique<Epochs>();
     Epochs& calls = *epochs_;
     for (Problem& problem : calls.problems) problem.clear_results();
-    check_no_failure(run_kernel_on_emulator<Engine>(calls.problems, seed, {.ctas = 2}));
+    check_no_failure(run_kernel_on_emulator<Engine, Transport>(calls.problems, seed, {.ctas = 2}));
     std::vector<std::byte> bytes;
     for (size_t epoch = 0; epoch < calls.problems.size(); ++epoch) {
       check_forward(calls.problems[epoch], calls.expected[epoch]);
@@ -210,7 +241,7 @@ class KernelCases {
     Random random(seed);
     const auto absent = static_cast<int32_t>(random.between(0, kPes - 1));
     std::vector<Problem> problems = one_call(seed);
-    const KernelResult result = run_kernel_on_emulator<Engine>(
+    const KernelResult result = run_kernel_on_emulator<Engine, Transport>(
         problems, seed,
         {.ctas = 2,
          .deadline = kShortDeadline,
@@ -237,7 +268,7 @@ class KernelCases {
     const auto impatient = static_cast<int32_t>(random.between(0, kPes - 1));
     const auto deadline = uint64_t{1} << random.between(0, 17);  // nanoseconds
     std::vector<Problem> problems = one_call(seed);
-    const KernelResult result = run_kernel_on_emulator<Engine>(
+    const KernelResult result = run_kernel_on_emulator<Engine, Transport>(
         problems, seed,
         {.ctas = 2,
          .deadline = kShortDeadline,
@@ -260,7 +291,7 @@ class KernelCases {
   static void other_call(uint64_t seed) {
     std::vector<Problem> problems;
     problems.emplace_back(layer(2, 5, 16, 24, 4, 2, kGated), Routing::kDistinct, seed);
-    const KernelResult result = run_kernel_on_emulator<Engine>(
+    const KernelResult result = run_kernel_on_emulator<Engine, Transport>(
         problems, seed,
         {.ctas = 2,
          .deadline = kShortDeadline,
@@ -276,8 +307,8 @@ class KernelCases {
   // The PE with the fault names it; the other one misses its counts. Neither heap is used again.
   static void check_fault(std::vector<Problem>& problems, uint64_t seed,
                           const std::vector<std::string>& parts) {
-    const KernelResult result =
-        run_kernel_on_emulator<Engine>(problems, seed, {.ctas = 2, .deadline = kShortDeadline});
+    const KernelResult result = run_kernel_on_emulator<Engine, Transport>(
+        problems, seed, {.ctas = 2, .deadline = kShortDeadline});
     check_contains(result.failures[1], parts);
     check_contains(result.failures[0], {"no counts from PE 1"});
     for (const Problem& problem : problems) {
