@@ -13,7 +13,17 @@ exports_files(["nvcc.sh"])
 # What nvcc reads, so that a change of it is noticed.
 filegroup(
     name = "files",
-    srcs = glob(["cu13/bin/*", "cu13/include/**", "cu13/nvvm/**"]),
+    srcs = glob(["cu13/bin/*", "cu13/include/**", "cu13/nvvm/**", "nvshmem/include/**"]),
+)
+
+filegroup(
+    name = "bin2c",
+    srcs = ["cu13/bin/bin2c"],
+)
+
+filegroup(
+    name = "nvshmem_device",
+    srcs = ["nvshmem/lib/libnvshmem_device.a"],
 )
 
 # The CUDA runtime, linked statically.
@@ -44,6 +54,7 @@ def _cuda_environment(ctx):
         fail("the CUDA toolchain: %s%s" % (result.stdout, result.stderr))
     packages = ctx.path(result.stdout.strip()).get_child("nvidia")
     ctx.symlink(packages.get_child("cu13"), "cu13")
+    ctx.symlink(packages.get_child("nvshmem"), "nvshmem")
     nvcc = packages.get_child("cu13").get_child("bin").get_child("nvcc")
     ctx.file("nvcc.sh", _NVCC.format(nvcc = nvcc), executable = True)
     ctx.file("BUILD.bazel", _BUILD)

@@ -161,6 +161,61 @@ function(flashmoe_cuda_object source architecture)
   set(flashmoe_cuda_objects ${flashmoe_cuda_objects} ${object} PARENT_SCOPE)
 endfunction()
 
+# NVSHMEM's headers and device library, from PyPI's package or a system's.
+flashmoe_cuda_packages(nvshmem_roots)
+list(TRANSFORM nvshmem_roots APPEND /nvidia/nvshmem)
+if(NOT FLASHMOE_CUDA_TOOLCHAIN AND DEFINED ENV{NVSHMEM_HOME})
+  list(PREPEND nvshmem_roots $ENV{NVSHMEM_HOME})
+endif()
+find_path(FLASHMOE_NVSHMEM_INCLUDE nvshmem.h PATHS ${nvshmem_roots} PATH_SUFFIXES include
+          NO_DEFAULT_PATH NO_CACHE)
+find_file(FLASHMOE_NVSHMEM_DEVICE libnvshmem_device.a PATHS ${nvshmem_roots} PATH_SUFFIXES lib
+          NO_DEFAULT_PATH NO_CACHE)
+set(FLASHMOE_NETWORK_TRANSPORT FALSE)
+if(FLASHMOE_NVSHMEM_INCLUDE AND FLASHMOE_NVSHMEM_DEVICE)
+  set(FLASHMOE_NETWORK_TRANSPORT TRUE)
+  message(STATUS "CUDA: with the network transport, of NVSHMEM in ${FLASHMOE_NVSHMEM_INCLUDE}")
+elseif(FLASHMOE_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "CUDA was asked for, but there is no nvshmem.h or libnvshmem_device.a in "
+                      "${nvshmem_roots}; FLASHMOE_CUDA=1 in the environment of pip or make takes "
+                      "them from PyPI.")
+else()
+  message(STATUS "CUDA: without the network transport, there is no NVSHMEM in ${nvshmem_roots}")
+endif()
+
+# flashmoe_cuda_network_image(SOURCE ARCHITECTURE): compiles one source for one architecture, links
+# it with NVSHMEM's device library, and makes an array of the result: SOURCE's name with .inc. Without
+# NVSHMEM it is empty.
+function(flashmoe_cuda_network_image source architecture)
+  get_filename_component(name ${source} NAME_WE)
+  set(output ${CMAKE_CURRENT_BINARY_DIR}/${name})
+  set(flashmoe_cuda_network_images ${flashmoe_cuda_network_images} ${output}.inc PARENT_SCOPE)
+  if(NOT FLASHMOE_NETWORK_TRANSPORT)
+    file(GENERATE OUTPUT ${output}.inc
+         CONTENT "static constexpr std::span<const unsigned long long> ${name};\n")
+    return()
+  endif()
+  set(input ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+  set(target -gencode arch=compute_${architecture},code=sm_${architecture})
+  set(flags -std=c++20 -O3 -rdc=true ${target})
+  get_filename_component(bin ${FLASHMOE_NVCC} DIRECTORY)
+  find_program(bin2c bin2c HINTS ${bin} REQUIRED NO_CACHE)
+  add_custom_command(
+    OUTPUT ${output}.inc
+    BYPRODUCTS ${output}.o ${output}.fatbin
+    DEPENDS ${input}
+    DEPFILE ${output}.d
+    COMMAND ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${flags} -I${PROJECT_SOURCE_DIR}
+            -isystem ${FLASHMOE_NVSHMEM_INCLUDE} -MD -MF ${output}.d -MT ${output}.inc -c ${input}
+            -o ${output}.o
+    COMMAND ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -dlink -fatbin --compress-mode=size
+            ${target} ${output}.o ${FLASHMOE_NVSHMEM_DEVICE} -o ${output}.fatbin
+    COMMAND ${bin2c} --const --static --type longlong --name ${name} ${output}.fatbin
+            > ${output}.inc
+    COMMENT "Compiling ${source} for sm_${architecture}, with NVSHMEM"
+    VERBATIM)
+endfunction()
+
 # The CUDA runtime is linked statically, and NVSHMEM is loaded at run time by those who span GPUs,
 # so the module needs nothing on a machine that only imports it.
 add_library(flashmoe_cuda INTERFACE)

@@ -53,6 +53,9 @@ def start() -> None:
             jax.process_count(),
             _first_gpu(),
         )
+        reach = np.asarray(_ffi.cuda_extension().nvshmem_reach())
+        reach = np.asarray(multihost_utils.process_allgather(reach), np.bool_)
+        _ffi.cuda_extension().set_nvshmem_reach(reach.ravel().tolist())
         _started = True
 
 

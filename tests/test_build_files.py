@@ -115,7 +115,8 @@ def test_the_same_options_of_the_instruction_sets() -> None:
 
 def test_the_same_architecture_of_each_kernel_source() -> None:
     cmake = re.findall(
-        r"flashmoe_cuda_object\((\S+) (\w+)\)", (ROOT / "kernels" / "CMakeLists.txt").read_text()
+        r"flashmoe_cuda_(?:object|network_image)\((\S+) (\w+)\)",
+        (ROOT / "kernels" / "CMakeLists.txt").read_text(),
     )
     bazel = re.findall(
         r'src = "(\S+\.cu)",[^)]*architecture = "(\w+)"',
@@ -143,6 +144,9 @@ def test_the_oldest_versions_agree() -> None:
     header = (ROOT / "kernels" / "cuda" / "nvshmem.h").read_text()
     (nvshmem,) = re.findall(r"kNvshmemBuiltFor\{(\d+), (\d+), (\d+)\}", header)
     assert f"nvidia-nvshmem-cu13>={'.'.join(nvshmem)}" in requirements
+    overrides = project["tool"]["scikit-build"]["overrides"]
+    (cuda,) = (override["build"]["requires"] for override in overrides if "build" in override)
+    assert f"nvidia-nvshmem-cu13=={'.'.join(nvshmem)}" in cuda
 
     jax = ".".join(map(str, OLDEST_JAX))
     assert f"jax>={jax}" in project["project"]["dependencies"]

@@ -69,6 +69,13 @@ class FakeExtension:
         assert unique_id == bytes(range(128))
         self.started.append((rank, count, gpu))
 
+    def nvshmem_reach(self) -> list[bool]:
+        assert self.started
+        return [True]
+
+    def set_nvshmem_reach(self, reach: list[bool]) -> None:
+        self.reach = reach
+
 
 def groups_of_devices(mesh: Mesh, axis: str) -> np.ndarray:
     ids = np.vectorize(lambda device: device.id, otypes=[np.int32])(mesh.devices)
@@ -495,6 +502,7 @@ def test_nvshmem_starts_once(cuda: FakeExtension, monkeypatch: pytest.MonkeyPatc
     runtime.start()
     runtime.start()
     assert [(rank, count) for rank, count, _ in cuda.started] == [(0, 1)]
+    assert cuda.reach == [True]
 
 
 def test_a_failed_call_is_reported_until_reset(cuda: FakeExtension) -> None:

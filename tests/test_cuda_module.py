@@ -42,6 +42,7 @@ DESCRIPTIONS = (
     "PE 3: another call is executed by PE 2 in phase plan: expected epoch 9 of call site 4",
     "PE 3: rows missing in phase expert for row block 2: expected 21 rows, seen 20",
     "PE 3: first-stage tiles missing in phase expert for row block 2, awaited from this PE itself",
+    "PE 3: second-stage tiles missing in phase expert for the rows from 32 on, awaited from this",
     "PE 3: results missing in phase combine for token 2: expected 21 pieces, seen 20",
 )
 

@@ -108,3 +108,84 @@ def test_a_library_without_a_version(load: Load) -> None:
     process = load(built_for(), function="something_else")
     assert process.returncode == 1
     assert "has no function nvshmemx_vendor_get_version_info" in process.stderr
+
+
+# PEs 0 and 1 are on one node, 2 and 3 on another; 4 is only reached by 3.
+_PAIRS = ((0, 1), (2, 3), (3, 4))
+_STARTED = """
+#include <cstddef>
+
+namespace {{
+char memory[16];
+bool reach[5][5] = {reach};
+}}  // namespace
+extern "C" {{
+void nvshmemx_vendor_get_version_info(int* major, int* minor, int* patch) {{
+  *major = {version[0]}, *minor = {version[1]}, *patch = {version[2]};
+}}
+int nvshmemx_hostlib_init_attr(unsigned, void*) {{ return 0; }}
+int nvshmem_my_pe() {{ return 3; }}
+int nvshmem_n_pes() {{ return 5; }}
+void* nvshmem_malloc(size_t) {{ return memory; }}
+void* nvshmem_ptr(void* data, int pe) {{ return reach[3][pe] ? data : nullptr; }}
+}}
+"""
+_REACH_PROGRAM = """
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "kernels/cuda/nvshmem.h"
+
+// usage: LIBRARY PES_OF_GROUP PE...
+int main(int count, char** arguments) {{
+  flashmoe::cuda::Nvshmem nvshmem(arguments[1]);
+  nvshmem.start({{}}, 3, 5);
+  for (int pe = 0; pe < 5; ++pe) std::printf("%d", nvshmem.reaches(pe));
+  nvshmem.set_reach({{{reach}}});
+  std::vector<int32_t> groups;
+  for (int i = 3; i < count; ++i) groups.push_back(std::atoi(arguments[i]));
+  std::printf(" %d\\n", nvshmem.reach_each_other(groups, std::atoi(arguments[2])));
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def reach(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What PE 3 reaches itself, and whether the PEs of groups reach each other."""
+    folder = tmp_path_factory.mktemp("reach")
+    matrix = [[a == b or (a, b) in _PAIRS or (b, a) in _PAIRS for b in range(5)] for a in range(5)]
+    rows = [", ".join(str(reached).lower() for reached in row) for row in matrix]
+    library = folder / "libnvshmem_host.so"
+    nested = "{{" + "}, {".join(rows) + "}}"
+    compile_source(_STARTED.format(reach=nested, version=built_for()), library, "-shared", "-fPIC")
+    program = folder / "reach"
+    compile_source(
+        _REACH_PROGRAM.format(reach=", ".join(rows)),
+        program,
+        str(HEADER.with_suffix(".cc")),
+        "-ldl",
+    )
+
+    def run(pes_of_group: int, *groups: int) -> str:
+        command = [str(program), str(library), str(pes_of_group), *map(str, groups)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("pes_of_group", "groups", "each_other"),
+    [
+        (2, (0, 1), True),
+        (2, (0, 2), False),
+        (2, (1, 0, 3, 2), True),
+        (2, (1, 0, 4, 2), False),
+        (3, (2, 3, 4), False),
+        (1, (4,), True),
+    ],
+)
+def test_who_reaches_whom(
+    reach: Callable[..., str], pes_of_group: int, groups: tuple[int, ...], each_other: bool
+) -> None:
+    assert reach(pes_of_group, *groups) == f"00111 {int(each_other)}"

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/arguments.h"
@@ -153,7 +154,7 @@ void bind_runtime(nb::module_& m) {
       [](const cuda::CallSizes& sizes, int32_t gpu) {
         const cuda::Configuration configuration =
             cuda::configure(sizes, cuda::gpu_properties(gpu), 1);
-        return nb::make_tuple(configuration.heap.bytes, configuration.workspace.bytes,
+        return nb::make_tuple(configuration.heap_bytes(), configuration.workspace.bytes,
                               configuration.shape.recv_rows());
       },
       "sizes"_a, "gpu"_a,
@@ -204,6 +205,17 @@ void bind_nvshmem(nb::module_& m) {
         nvshmem().start(unique_id, rank, count);
       },
       "id"_a, "rank"_a, "count"_a, "gpu"_a, "Collective over all processes.");
+  m.def(
+      "nvshmem_reach",
+      [] {
+        std::vector<bool> reach;
+        for (int32_t pe = 0; pe < nvshmem().count(); ++pe) reach.push_back(nvshmem().reaches(pe));
+        return reach;
+      },
+      "Of each process, whether this one's GPU addresses its symmetric memory.");
+  m.def(
+      "set_nvshmem_reach", [](std::vector<bool> reach) { nvshmem().set_reach(std::move(reach)); },
+      "reach"_a, "What nvshmem_reach says in all processes, one after the other.");
 }
 
 }  // namespace

@@ -12,8 +12,19 @@ namespace {
 
 const KernelVariant& choose_variant(const CallSizes& sizes, const Gpu& gpu) {
   const KernelVariant* variant = nullptr;
-  if (gpu.major == 9 && gpu.minor == 0) variant = find_variant(sm90_variants(), sizes);
-  if (variant == nullptr && gpu.major >= 8) variant = find_variant(sm80_variants(), sizes);
+  const bool hopper = gpu.major == 9 && gpu.minor == 0;
+  if (hopper) variant = find_variant(sm90_variants(), sizes);
+  // Each architecture has its own image of kernels with the network transport.
+  const bool may_be_sm80 = sizes.network ? gpu.major == 8 : gpu.major >= 8;
+  if (variant == nullptr && may_be_sm80) variant = find_variant(sm80_variants(), sizes);
+  if (variant == nullptr && sizes.network) {
+    throw std::invalid_argument(
+        "some GPUs of this expert group reach each other over a network only, and for that this "
+        "package has kernels of bfloat16 and float16 for compute capabilities 8.x and 9.0, and of "
+        "float32 (with jax_default_matmul_precision=\"highest\" or \"float32\") for 8.x; GPU " +
+        std::to_string(gpu.ordinal) + " has " + std::to_string(gpu.major) + "." +
+        std::to_string(gpu.minor) + ". Use implementation=\"xla\"");
+  }
   if (variant == nullptr) {
     throw std::invalid_argument("GPU " + std::to_string(gpu.ordinal) + " has compute capability " +
                                 std::to_string(gpu.major) + "." + std::to_string(gpu.minor) +
@@ -46,15 +57,17 @@ Configuration configure(const CallSizes& sizes, const Gpu& gpu, int32_t pes_per_
   return configure(sizes, variant, ctas);
 }
 
-void load(const KernelVariant& variant, const Gpu& gpu) {
+void load(const Configuration& configuration, const Gpu& gpu) {
+  const KernelVariant& variant = *configuration.variant;
+  const void* const kernel = configuration.kernel;
   const DeviceGuard guard(gpu.ordinal);
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, variant.kernel), "loading the kernel");
-  check_cuda(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "loading the kernel");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(variant.shared_bytes)),
              "shared memory of the kernel");
   int ctas = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, variant.kernel, variant.threads,
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, variant.threads,
                                                            variant.shared_bytes),
              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (ctas < 1) {

@@ -23,6 +23,6 @@ Configuration configure(const CallSizes& sizes, const Gpu& gpu, int32_t pes_per_
 
 // Loads the kernel and lets it use its shared memory, so that no launch has to: loading waits for
 // the GPU, which a running peer may never leave. Throws if a CTA does not fit on a multiprocessor.
-void load(const KernelVariant& variant, const Gpu& gpu);
+void load(const Configuration& configuration, const Gpu& gpu);
 
 }  // namespace flashmoe::cuda

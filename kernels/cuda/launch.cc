@@ -8,9 +8,10 @@ namespace flashmoe::cuda {
 
 void launch(const Configuration& configuration, const Call& call, int32_t first_pe,
             std::span<std::byte* const> heaps, std::span<const PePlace> places,
-            std::span<const PeBuffers> buffers, cudaStream_t stream) {
-  KernelArguments arguments =
-      kernel_arguments(configuration, call, first_pe, heaps, places, buffers, &encode_tensor_map);
+            std::span<const PeBuffers> buffers, cudaStream_t stream,
+            std::span<const int32_t> processes) {
+  KernelArguments arguments = kernel_arguments(configuration, call, first_pe, heaps, places,
+                                               buffers, &encode_tensor_map, processes);
   const KernelVariant& variant = *configuration.variant;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -24,7 +25,8 @@ void launch(const Configuration& configuration, const Call& call, int32_t first_
   config.attrs = &attribute;
   config.numAttrs = 1;
   void* parameters[] = {&arguments};
-  check_cuda(cudaLaunchKernelExC(&config, variant.kernel, parameters), "launching the kernel");
+  check_cuda(cudaLaunchKernelExC(&config, configuration.kernel, parameters),
+             "launching the kernel");
 }
 
 }  // namespace flashmoe::cuda

@@ -18,6 +18,9 @@ std::span<const KernelVariant> sm80_variants() {
       variant<Sm80Engine<float, 64>>(DType::kFloat32, true, false),
       variant<Sm80Engine<float, 128, kTf32>>(DType::kFloat32, false, false),
       variant<Sm80Engine<float, 64, kTf32>>(DType::kFloat32, false, false),
+      network_variant<Sm80Engine<BFloat16, kNetworkBlockRows>>(DType::kBFloat16, true, false),
+      network_variant<Sm80Engine<Float16, kNetworkBlockRows>>(DType::kFloat16, true, false),
+      network_variant<Sm80Engine<float, kNetworkBlockRows>>(DType::kFloat32, true, false),
   };
   return variants;
 }

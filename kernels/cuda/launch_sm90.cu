@@ -13,6 +13,8 @@ std::span<const KernelVariant> sm90_variants() {
       variant<Sm90Engine<BFloat16, 64>>(DType::kBFloat16, true, true),
       variant<Sm90Engine<Float16, 128>>(DType::kFloat16, true, true),
       variant<Sm90Engine<Float16, 64>>(DType::kFloat16, true, true),
+      network_variant<Sm90Engine<BFloat16, kNetworkBlockRows>>(DType::kBFloat16, true, true),
+      network_variant<Sm90Engine<Float16, kNetworkBlockRows>>(DType::kFloat16, true, true),
   };
   return variants;
 }

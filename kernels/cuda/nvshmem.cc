@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <stdexcept>
+#include <utility>
 
 namespace flashmoe::cuda {
 namespace {
@@ -101,6 +102,7 @@ void Nvshmem::start(const UniqueId& id, int32_t rank, int32_t count) {
                              " of " + std::to_string(count_) + " instead of " +
                              std::to_string(rank) + " of " + std::to_string(count));
   }
+  probe_ = allocate(1);
   started_ = true;
 }
 
@@ -119,6 +121,32 @@ void Nvshmem::free(std::byte* symmetric) const { find<void (*)(void*)>("nvshmem_
 
 std::byte* Nvshmem::address(std::byte* symmetric, int32_t pe) const {
   return static_cast<std::byte*>(find<void* (*)(const void*, int)>("nvshmem_ptr")(symmetric, pe));
+}
+
+void Nvshmem::set_reach(std::vector<bool> reach) {
+  if (static_cast<int64_t>(reach.size()) != int64_t{count_} * count_) {
+    throw std::invalid_argument("a reach of other PEs than those that started");
+  }
+  reach_ = std::move(reach);
+}
+
+bool Nvshmem::reach_each_other(std::span<const int32_t> groups, int32_t pes_of_group) const {
+  if (reach_.empty()) throw std::runtime_error("it is not known yet which PEs reach each other");
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const auto pes = static_cast<size_t>(pes_of_group);
+    for (const int32_t other : groups.subspan(i / pes * pes, pes)) {
+      if (!reach_[static_cast<size_t>(int64_t{groups[i]} * count_ + other)]) return false;
+    }
+  }
+  return true;
+}
+
+void Nvshmem::initialize(void* library) const {
+  const int status = find<int (*)(void*)>("nvshmemx_culibrary_init")(library);
+  if (status != 0) {
+    throw std::runtime_error("nvshmemx_culibrary_init returned " + std::to_string(status) +
+                             "; NVSHMEM_DEBUG=INFO in the environment makes it say why");
+  }
 }
 
 void Nvshmem::barrier() const { find<void (*)()>("nvshmem_barrier_all")(); }

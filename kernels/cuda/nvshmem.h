@@ -1,12 +1,14 @@
 // The NVSHMEM host library, loaded when a call first spans several GPUs, so that neither building
-// nor importing the module needs it. Symmetric memory and its addresses are all that is used: the
-// kernel itself stores to peers directly.
+// nor importing the module needs it. Symmetric memory and its addresses are all that is used where
+// GPUs address each other; kernels with the network transport also call NVSHMEM's device library.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 namespace flashmoe::cuda {
 
@@ -44,6 +46,15 @@ class Nvshmem {
   void free(std::byte* symmetric) const;
   // Where this GPU reaches the same place of symmetric memory at PE `pe`; null: it does not.
   std::byte* address(std::byte* symmetric, int32_t pe) const;
+  // Whether this GPU addresses the symmetric memory of PE `pe`.
+  bool reaches(int32_t pe) const { return address(probe_, pe) != nullptr; }
+  // [PE][other PE] what reaches() says on all PEs, so that all of them draw the same conclusions.
+  void set_reach(std::vector<bool> reach);
+  // Whether in every one of the groups, [groups][pes_of_group], all PEs reach each other.
+  bool reach_each_other(std::span<const int32_t> groups, int32_t pes_of_group) const;
+  // Makes device code that calls NVSHMEM ready on the current GPU: a CUlibrary, linked with the
+  // device library of kNvshmemBuiltFor or an older one.
+  void initialize(void* library) const;
   // Collective.
   void barrier() const;
 
@@ -56,6 +67,8 @@ class Nvshmem {
   bool started_ = false;
   int32_t rank_ = 0;
   int32_t count_ = 1;
+  std::byte* probe_ = nullptr;  // symmetric, for reaches()
+  std::vector<bool> reach_;
 };
 
 }  // namespace flashmoe::cuda

@@ -8,10 +8,11 @@
 namespace flashmoe::cuda {
 
 Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group,
-                         const Nvshmem* nvshmem)
+                         const Nvshmem* nvshmem, const NetworkKernels* network)
     : gpu_(gpu_properties(gpu)), configuration_(configure(sizes, gpu_, 1)) {
-  load(*configuration_.variant, gpu_);
   const DeviceGuard guard(gpu);
+  if (sizes.network) configuration_.kernel = network->find(sizes.dtype);
+  load(configuration_, gpu_);
   memory_ = std::make_unique<PeMemory>(configuration_);
   if (group == nullptr) {
     own_heap_ = std::make_unique<DeviceMemory>(configuration_.heap.bytes);
@@ -20,19 +21,19 @@ Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group
   }
   nvshmem_ = nvshmem;
   rank_ = group->rank;
-  std::byte* const symmetric = nvshmem->allocate(configuration_.heap.bytes);
+  processes_ = group->processes;
+  std::byte* const symmetric = nvshmem->allocate(configuration_.heap_bytes());
   for (const int32_t process : group->processes) {
     std::byte* const address = nvshmem->address(symmetric, process);
-    if (address == nullptr) {
+    if (address == nullptr && !sizes.network) {
       throw std::runtime_error("GPU " + std::to_string(gpu) + " of process " +
                                std::to_string(nvshmem->rank()) +
                                " cannot address the memory of process " + std::to_string(process) +
-                               "; the PEs of a group must be connected by NVLink or PCIe peer "
-                               "access. Use implementation=\"xla\"");
+                               ", which it could when NVSHMEM started");
     }
     heaps_.push_back(address);
   }
-  check_cuda(cudaMemset(heaps_[rank_], 0, static_cast<size_t>(configuration_.heap.bytes)),
+  check_cuda(cudaMemset(heaps_[rank_], 0, static_cast<size_t>(configuration_.heap_bytes())),
              "zeroing the symmetric heap");
   check_cuda(cudaDeviceSynchronize(), "zeroing the symmetric heap");
   nvshmem->barrier();  // Nobody writes into a heap that is not zeroed yet.
@@ -50,7 +51,7 @@ void Reservation::launch(const Call& call, const PeBuffers& buffers, cudaStream_
   }
   const DeviceGuard guard(gpu_.ordinal);
   const PePlace place = memory_->place();
-  cuda::launch(configuration_, call, rank_, heaps_, {&place, 1}, {&buffers, 1}, stream);
+  cuda::launch(configuration_, call, rank_, heaps_, {&place, 1}, {&buffers, 1}, stream, processes_);
 }
 
 std::optional<std::string> Reservation::failure() const {
@@ -81,10 +82,17 @@ void Runtime::reserve(const CallKind& kind, int32_t gpu) {
   if (look_up(kind, gpu) != nullptr) return;
   std::shared_ptr<Reservation> reservation;
   if (kind.sizes.num_pes == 1) {
-    reservation = std::make_shared<Reservation>(kind.sizes, gpu, nullptr, nullptr);
+    reservation = std::make_shared<Reservation>(kind.sizes, gpu, nullptr, nullptr, nullptr);
   } else {
     const Group group = group_of(kind);
-    reservation = std::make_shared<Reservation>(kind.sizes, gpu, &group, nvshmem_.get());
+    CallSizes sizes = kind.sizes;
+    // Of all groups alike, since symmetric memory is of the same size on all PEs.
+    sizes.network = !nvshmem_->reach_each_other(kind.groups, sizes.num_pes);
+    if (sizes.network && network_ == nullptr) {
+      const DeviceGuard guard(gpu);
+      network_ = std::make_unique<NetworkKernels>(gpu_properties(gpu), *nvshmem_);
+    }
+    reservation = std::make_shared<Reservation>(sizes, gpu, &group, nvshmem_.get(), network_.get());
   }
   entries_.push_back({kind, std::move(reservation)});
 }
@@ -141,6 +149,8 @@ std::vector<std::string> Runtime::failures() const {
 void Runtime::reset() {
   const std::lock_guard lock(mutex_);
   for (const Entry& entry : entries_) entry.reservation->synchronize();
+  // A PE that failed may have left puts on their way.
+  if (network_ != nullptr) network_->quiet();
   // Not before every peer has ended its launches.
   if (nvshmem_ != nullptr && nvshmem_->started()) nvshmem_->barrier();
   entries_.clear();

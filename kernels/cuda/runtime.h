@@ -16,6 +16,7 @@
 #include "kernels/cuda/gpu.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
+#include "kernels/cuda/network_kernels.h"
 #include "kernels/cuda/nvshmem.h"
 
 namespace flashmoe::cuda {
@@ -52,8 +53,10 @@ class PeMemory {
 // What calls of one kind keep on one GPU of this process.
 class Reservation {
  public:
-  // Without a group, for one PE. Collective over all processes with one.
-  Reservation(const CallSizes& sizes, int32_t gpu, const Group* group, const Nvshmem* nvshmem);
+  // Without a group, for one PE. Collective over all processes with one. `network` for sizes with
+  // the network transport.
+  Reservation(const CallSizes& sizes, int32_t gpu, const Group* group, const Nvshmem* nvshmem,
+              const NetworkKernels* network);
   // Collective where the constructor was.
   ~Reservation();
   Reservation(const Reservation&) = delete;
@@ -74,7 +77,8 @@ class Reservation {
   int32_t rank_ = 0;
   const Nvshmem* nvshmem_ = nullptr;        // null: one PE
   std::unique_ptr<DeviceMemory> own_heap_;  // of one PE
-  std::vector<std::byte*> heaps_;           // of all PEs
+  std::vector<std::byte*> heaps_;           // of all PEs; null: out of this GPU's reach
+  std::vector<int32_t> processes_;          // of all PEs; empty without a group
   std::unique_ptr<PeMemory> memory_;
 };
 
@@ -112,7 +116,8 @@ class Runtime {
 
   mutable std::mutex mutex_;
   std::unique_ptr<Nvshmem> nvshmem_;
-  std::vector<Entry> entries_;  // few: as many as there are sizes
+  std::unique_ptr<NetworkKernels> network_;  // on the GPU of this process, once they are needed
+  std::vector<Entry> entries_;               // few: as many as there are sizes
 };
 
 }  // namespace flashmoe::cuda

@@ -56,7 +56,7 @@ void bench(const BenchShape& s, const cuda::Gpu& gpu, int repetitions) {
           .exact = true,
       },
       gpu, 1);
-  cuda::load(*configuration.variant, gpu);
+  cuda::load(configuration, gpu);
   Random random(1);
   const int64_t matrix = int64_t{s.experts} * s.hidden * s.intermediate;
   const int64_t values = int64_t{s.tokens} * s.hidden;

@@ -104,7 +104,7 @@ class Run {
  public:
   Run(Problem& problem, const cuda::Gpu& gpu)
       : problem_(problem), configuration_(configure(problem.layer, gpu)) {
-    cuda::load(*configuration_.variant, gpu);
+    cuda::load(configuration_, gpu);
     for (const Pe& pe : problem.pes) {
       pes_.push_back(std::make_unique<PeOnGpu>(pe, configuration_));
     }
