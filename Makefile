@@ -66,15 +66,18 @@ emulator-build: venv
 	    -DFLASHMOE_WERROR=$(if $(filter 1,$(WERROR)),ON,OFF) \
 	    -DFLASHMOE_FFI_INCLUDE_DIR="$$($(BIN)/python tools/fetch_ffi_headers.py)" \
 	    -DPython_EXECUTABLE=$(BIN)/python
-	cmake --build build/emulator --target emulator_tests kernel_tests
+	cmake --build build/emulator --target emulator_tests kernel_tests network_tests
 
 emulator-test: emulator-build  ## run the CUDA kernel in the emulator, on the CPU
 	build/emulator/tests/emulator/emulator_tests --jobs=$(PYTEST_WORKERS)
 	build/emulator/tests/emulator/kernel_tests --jobs=$(PYTEST_WORKERS)
+	build/emulator/tests/emulator/network_tests --jobs=$(PYTEST_WORKERS)
 	$(BIN)/python tools/plant_kernel_faults.py build/emulator --jobs=$(PYTEST_WORKERS)
 
 emulator-soak: emulator-build  ## the same with 20,000 schedules of each protocol case (hours)
-	build/emulator/tests/emulator/kernel_tests --jobs=$$(nproc) --schedules=20000 schedules $(ARGS)
+	for program in kernel_tests network_tests; do \
+	  build/emulator/tests/emulator/$$program --jobs=$$(nproc) --schedules=20000 schedules $(ARGS) || exit; \
+	done
 
 cuda: venv  ## compile the CUDA module with a toolchain from PyPI, and check its machine code
 	tools/build_cuda.sh $(BIN)/python

@@ -3,8 +3,9 @@
 
     tools/plant_kernel_faults.py build/emulator [--jobs N] [name ...]
 
-Needs a build folder in which `kernel_tests` was built. Of a copy with a fault only the sources that
-have kernels are compiled again. Exit status 1 if a fault is not found, or the right kernel fails.
+Needs a build folder in which `kernel_tests` and `network_tests` were built. Of a copy with a fault
+only the sources of one of them are compiled again. Exit status 1 if a fault is not found, or if the
+right kernel fails.
 """
 
 import argparse
@@ -20,20 +21,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST = "kernel_tests"
-# The cases that are run on every copy, and how many schedules of each.
+# The cases that are run on every copy, and how many schedules of each. The right kernel shows only
+# that copies are built as they should be; `make emulator-test` tests it.
 CASES = ("schedules: any layer", "schedules: epochs")
-SCHEDULES = 8
+SCHEDULES = 30
+SCHEDULES_IF_RIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """An edit of one source."""
+    """An edit of one source, which a test program must find."""
 
     name: str
     source: str
     right: str  # occurs once in the source
     wrong: str
+    test: str = "kernel_tests"
 
 
 FAULTS = (
@@ -45,17 +48,15 @@ FAULTS = (
     ),
     Fault(
         "no acquire after arrived",
-        "kernels/cuda/tiles.h",
-        "      return wait_for_count<device::Scope::kSystem>(\n"
-        "          context, context.arrived(context.rank, tile.block), "
-        "static_cast<uint64_t>(tile.rows),\n"
-        "          Failure::kRows, tile.block);\n",
-        "      const auto wanted = static_cast<uint64_t>(tile.rows);\n"
-        "      const uint64_t* arrived = context.arrived(context.rank, tile.block);\n"
-        "      return wait_until(\n"
-        "          context, Failure::kRows, tile.block, wanted,\n"
-        "          [&] { return device::load_relaxed<device::Scope::kSystem>(arrived); },\n"
-        "          [&](uint64_t seen) { return seen >= wanted; });\n",
+        "kernels/cuda/transport.h",
+        "    return wait_for_count<device::Scope::kSystem>("
+        "context, context.arrived(context.rank, block),\n"
+        "                                                  rows, Failure::kRows, block);\n",
+        "    const uint64_t* arrived = context.arrived(context.rank, block);\n"
+        "    return wait_until(\n"
+        "        context, Failure::kRows, block, rows,\n"
+        "        [&] { return device::load_relaxed<device::Scope::kSystem>(arrived); },\n"
+        "        [&](uint64_t seen) { return seen >= rows; });\n",
     ),
     Fault(
         "arrived not reset",
@@ -97,14 +98,51 @@ FAULTS = (
     Fault(
         "combine one piece early",
         "kernels/cuda/combine.h",
-        "uint64_t{pieces} * device::count_bits(mask),",
-        "uint64_t{pieces} * device::count_bits(mask) - (mask != 0),",
+        "uint64_t{pieces} * device::count_bits(mask));",
+        "uint64_t{pieces} * device::count_bits(mask) - (mask != 0));",
     ),
     Fault(
         "results returned to the neighbouring slot",
-        "kernels/cuda/expert.h",
-        "             int64_t{origin.slot} * width;",
-        "             (int64_t{origin.slot} ^ 1) * width;",
+        "kernels/cuda/transport.h",
+        "returned) + origin.slot * returned.stride;",
+        "returned) + (origin.slot ^ 1) * returned.stride;",
+    ),
+    Fault(
+        "network: no fence before a put",
+        "kernels/cuda/network_transport.h",
+        "    device::fence<device::Scope::kSystem>();\n",
+        "",
+        "network_tests",
+    ),
+    Fault(
+        "network: rows do not wait for their origins",
+        "kernels/cuda/network_transport.h",
+        "                         kSignalsOfRow, rows, Failure::kRows, block);",
+        "                         1, rows, Failure::kRows, block);",
+        "network_tests",
+    ),
+    Fault(
+        "network: no acquire of the signals of puts",
+        "kernels/cuda/network_transport.h",
+        "return came && device::signal_reached(network, signals);",
+        "return came;",
+        "network_tests",
+    ),
+    Fault(
+        "network: signals of rows not reset",
+        "kernels/cuda/network_transport.h",
+        "      device::store_relaxed<device::Scope::kSystem>("
+        "own<uint64_t>(context, layout.arrived) + i,\n"
+        "                                                    uint64_t{0});\n",
+        "",
+        "network_tests",
+    ),
+    Fault(
+        "network: results sent one piece early",
+        "kernels/cuda/network_transport.h",
+        "second_done(context, part), pieces,",
+        "second_done(context, part), pieces - 1,",
+        "network_tests",
     ),
 )
 
@@ -124,57 +162,57 @@ class Copies:
     def __init__(self, build: Path, folder: Path) -> None:
         self.build = build
         self.folder = folder
-        commands = [
-            shlex.split(entry["command"])
-            for entry in json.loads((build / "compile_commands.json").read_text())
-            if f"{TEST}.dir" in entry["output"]
-        ]
-        self.commands = {command[command.index("-o") + 1]: command for command in commands}
-        if not self.commands:
-            raise SystemExit(f"{build} has no {TEST}: run `make emulator-build` first")
+        self.commands = json.loads((build / "compile_commands.json").read_text())
 
-    def run(self, fault: Fault | None, number: int) -> Verdict:
-        """Tests a copy of its own with that fault, or without any."""
+    def run(self, test: str, fault: Fault | None, number: int) -> Verdict:
+        """Runs a test program of a copy of its own with that fault, or without any."""
         started = time.monotonic()
         sources = self.folder / str(number)
         for part in ("kernels", "tests"):
             shutil.copytree(ROOT / part, sources / part)
         if fault is not None:
             plant(fault, sources)
-        program = self.compile(sources)
-        result = subprocess.run(
-            [program, f"--schedules={SCHEDULES}", *CASES],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        program = self.compile(test, sources)
+        says = ""
+        schedules = SCHEDULES_IF_RIGHT if fault is None else SCHEDULES
+        command = [str(program), f"--schedules={schedules}", *CASES]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tests:
+            assert tests.stdout is not None
+            for line in tests.stdout:
+                if line.startswith("FAILED"):
+                    says = line.strip()
+                    tests.terminate()  # one failure is enough
+                    break
         shutil.rmtree(sources)
-        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
-        return Verdict(
-            result.returncode == 0, time.monotonic() - started, failed[0] if failed else ""
-        )
+        return Verdict(tests.returncode == 0, time.monotonic() - started, says)
 
-    def compile(self, sources: Path) -> Path:
-        """Builds the test program of a copy, with the other objects of the build folder."""
+    def compile(self, test: str, sources: Path) -> Path:
+        """Builds a test program of a copy, with the other objects of the build folder."""
         objects = {}
-        for output, command in self.commands.items():
-            compiled = sources / Path(output).name
-            objects[output] = str(compiled)
-            mine = [part.replace(str(ROOT), str(sources)) for part in command]
-            mine[mine.index("-o") + 1] = str(compiled)
-            subprocess.run(mine, check=True)
+        for entry in self.commands:
+            if f"{test}.dir" not in entry["output"]:
+                continue
+            command = shlex.split(entry["command"])
+            output = command.index("-o") + 1
+            compiled = str(sources / Path(command[output]).name)
+            objects[command[output]] = compiled
+            command = [part.replace(str(ROOT), str(sources)) for part in command]
+            command[output] = compiled
+            subprocess.run(command, check=True)
+        if not objects:
+            raise SystemExit(f"{self.build} has no {test}: run `make emulator-build` first")
         link = subprocess.run(
-            ["ninja", "-C", str(self.build), "-t", "commands", "-s", f"tests/emulator/{TEST}"],
+            ["ninja", "-C", str(self.build), "-t", "commands", "-s", f"tests/emulator/{test}"],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        program = sources / TEST
+        program = sources / test
         command = shlex.split(link.strip())
         command = command[command.index("&&") + 1 : len(command) - command[::-1].index("&&") - 1]
         command[command.index("-o") + 1] = str(program)
         if not objects.keys() <= set(command):
-            raise SystemExit(f"the link command of {TEST} lacks objects that were compiled for it")
+            raise SystemExit(f"the link command of {test} lacks objects that were compiled for it")
         command = [objects.get(part, part) for part in command]
         subprocess.run(command, check=True, cwd=self.build)
         return program
@@ -212,9 +250,11 @@ def main() -> int:
         concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
     ):
         copies = Copies(arguments.build.resolve(), Path(folder))
+        right = {fault.test: None for fault in wanted}
+        planned = [*right.items(), *((fault.test, fault) for fault in wanted)]
         runs = [
-            (fault, pool.submit(copies.run, fault, number))
-            for number, fault in enumerate([None, *wanted])
+            (fault, pool.submit(copies.run, test, fault, number))
+            for number, (test, fault) in enumerate(planned)
         ]
         for fault, run in runs:
             verdict = run.result()

@@ -30,7 +30,6 @@ struct Schedules {
 };
 std::vector<Case> kernel_cases_sm80(const Schedules& schedules);
 std::vector<Case> kernel_cases_sm90(const Schedules& schedules);
-std::vector<Case> kernel_cases_network(const Schedules& schedules);
 
 // Cases that call run(number) for all schedules, some in each, so that they can be shared out.
 inline void add_seeded(std::vector<Case>& cases, const std::string& name,
