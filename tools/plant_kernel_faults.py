@@ -124,8 +124,15 @@ FAULTS = (
     Fault(
         "network: no acquire of the signals of puts",
         "kernels/cuda/network_transport.h",
-        "return came && device::signal_reached(network, signals);",
+        "return came && (signals == 0 || device::signal_reached(network, signals));",
         "return came;",
+        "network_tests",
+    ),
+    Fault(
+        "network: no acquire of the signals of counts",
+        "kernels/cuda/network_transport.h",
+        "    device::signal_reached(context.counted(context.rank, pe), word);\n",
+        "",
         "network_tests",
     ),
     Fault(

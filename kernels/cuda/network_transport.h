@@ -19,11 +19,16 @@
 // additions of GPUs. Hence `arrived` and `came_back` have a second word each, to which only the
 // network adds, and those who wait add up the two.
 //
-// Why a source may change in the next epoch, without a quiet, which has no deadline: the owner of a
-// source (a count row, an outgoing row or origin, a received row that became a result) or a peer
-// changes it only after it has collected the counts of a later epoch from all PEs. Each PE sends
-// those after it has finished this epoch, and to finish it a PE waits for the signals of all puts
-// to it: counts, rows, origins, results. So all puts of this epoch are at their targets by then.
+// Why a source may change in the next epoch without a quiet, which waits for the whole PE and has
+// no deadline: the owner of a source (a count row, an outgoing row or origin, a received row that
+// became a result) or a peer changes it only after it has collected the counts of a later epoch
+// from all PEs. Each PE sends those after it has finished this epoch, and to finish it a PE waits
+// for the signals of all puts to it: counts, rows, origins, results. So all puts of this epoch are
+// at their targets by then, and device::put_signal says why their sources are free.
+//
+// What has no deadline: a put that waits for room in the queue of the network, which a network that
+// stands still does not give. And a kernel may end before the network has taken its results away: a
+// process must not exit as soon as its own calls are done.
 #pragma once
 
 #include <cstddef>
@@ -71,6 +76,7 @@ struct NetworkTransport {
   template <int kWarps>
   FLASHMOE_DEVICE static void put_counts(const CommGroup<kWarps>& group, uint64_t word) {
     const Context& context = group.context;
+    release_to_network();
     int32_t* counts = context.counts(context.rank, context.rank);
     for (int32_t pe = group.warp(); pe < context.shape().num_pes; pe += kWarps) {
       if (reaches(context, pe)) continue;
@@ -78,13 +84,14 @@ struct NetworkTransport {
           context.counted(context.rank, context.rank), word, device::SignalOp::kSet, pe);
     }
   }
-  // After `word` of a PE was seen in `counted`.
+  // After `word` of a PE was seen in `counted`, however it came.
   FLASHMOE_DEVICE static void saw_counts(const Context& context, int32_t pe, uint64_t word) {
-    if (!reaches(context, pe)) device::signal_reached(context.counted(context.rank, pe), word);
+    device::signal_reached(context.counted(context.rank, pe), word);
   }
 
   // Puts the rows of a batch that peers over the network get. Lane i: the i-th slot from `first` on
-  // in the order of dispatch goes to row `row` of PE `pe`, if it is `kept`. By all lanes.
+  // in the order of dispatch goes to row `row` of PE `pe`, if it is `kept`. By all lanes, after a
+  // fence_before_signal.
   FLASHMOE_DEVICE static void put_rows(const Context& context, int64_t first, int32_t batch,
                                        bool kept, int32_t pe, int32_t row) {
     const int32_t block_rows = context.shape().block_rows;
@@ -178,13 +185,14 @@ struct NetworkTransport {
     return own<uint64_t>(context, context.arguments.network.layout.came_back) + token;
   }
 
-  // By all lanes. What any of them has written or seen before it reaches the network before the
-  // put does.
+  // What any lane has written or seen reaches the network before later puts do. By all lanes.
+  FLASHMOE_DEVICE static void release_to_network() {
+    device::warp_sync();
+    device::fence<device::Scope::kSystem>();
+  }
   FLASHMOE_DEVICE static void put(const Context& context, void* target, const void* source,
                                   size_t bytes, uint64_t* signal, uint64_t value,
                                   device::SignalOp operation, int32_t pe) {
-    device::warp_sync();
-    device::fence<device::Scope::kSystem>();
     device::put_signal(target, source, bytes, signal, value, operation,
                        context.arguments.network.processes[pe]);
   }
@@ -215,7 +223,7 @@ struct NetworkTransport {
           return (device::load_acquire<device::Scope::kSystem>(direct) + signals) / signals_each;
         },
         [&](uint64_t seen) { return seen >= expected; });
-    return came && device::signal_reached(network, signals);
+    return came && (signals == 0 || device::signal_reached(network, signals));
   }
 
   // Received rows from `first` on, which are one part or its beginning.
@@ -228,7 +236,7 @@ struct NetworkTransport {
                                                Failure::kSecondStage, part);
     }
     if (!device::all(ok)) return false;
-    device::warp_sync();
+    release_to_network();
     const core::HeapLayout& heap = context.arguments.heap;
     core::Origin origin{context.rank, 0};
     if (device::lane_index() < rows) {

@@ -89,8 +89,10 @@ void Runtime::reserve(const CallKind& kind, int32_t gpu) {
     // Of all groups alike, since symmetric memory is of the same size on all PEs.
     sizes.network = !nvshmem_->reach_each_other(kind.groups, sizes.num_pes);
     if (sizes.network && network_ == nullptr) {
+      const Gpu properties = gpu_properties(gpu);
+      configure(sizes, properties, 1);  // throws where there are no such kernels
       const DeviceGuard guard(gpu);
-      network_ = std::make_unique<NetworkKernels>(gpu_properties(gpu), *nvshmem_);
+      network_ = std::make_unique<NetworkKernels>(properties, *nvshmem_);
     }
     reservation = std::make_shared<Reservation>(sizes, gpu, &group, nvshmem_.get(), network_.get());
   }

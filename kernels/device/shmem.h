@@ -19,15 +19,28 @@ namespace flashmoe::device {
 enum class SignalOp { kSet, kAdd };
 
 // Starts to copy bytes from symmetric memory of this PE, and then to update a signal of the PE that
-// gets them. Whoever sees the update there sees these bytes, but not those of earlier puts. The
-// source may change once the bytes are there. By all lanes of a warp, alike; it does not order what
-// they wrote (NVSHMEM API, "Signaling Operations", nvshmemx_putmem_signal_nbi_warp).
+// gets them. Whoever learns of the update there by signal_reached sees these bytes, but not those
+// of earlier puts. By all lanes of a warp, alike; it does not order what they wrote. It may wait
+// for room in the queue of the network, for which there is no deadline (NVSHMEM API, "Signaling
+// Operations", nvshmemx_putmem_signal_nbi_warp).
+//
+// When may the source change? By the API after a quiet. We rely on more: whoever knows that the
+// signal was updated may change it. The network has read the bytes by then, since it has delivered
+// them, and a reliable connection does not deliver them twice.
 FLASHMOE_DEVICE void put_signal(void* target, const void* source, size_t bytes, uint64_t* signal,
                                 uint64_t value, SignalOp operation, int pe) {
 #if FLASHMOE_EMULATED
-  emulator::ballot(true);
+  uint64_t all = 0;
+  for (const uint64_t argument :
+       {reinterpret_cast<uint64_t>(target), reinterpret_cast<uint64_t>(source), uint64_t{bytes},
+        reinterpret_cast<uint64_t>(signal), value, static_cast<uint64_t>(operation),
+        static_cast<uint64_t>(pe)}) {
+    all = (all ^ argument) * 0x9e3779b97f4a7c15u;
+  }
+  const bool alike = emulator::match_any(static_cast<uint32_t>(all >> 32)) == ~0u;
   if (lane_index() == 0) {
-    emulator::put_signal(target, source, bytes, signal, value, operation == SignalOp::kAdd, pe);
+    emulator::put_signal(target, source, bytes, signal, value, operation == SignalOp::kAdd, pe,
+                         alike);
   }
   emulator::ballot(true);
 #else
@@ -37,8 +50,9 @@ FLASHMOE_DEVICE void put_signal(void* target, const void* source, size_t bytes, 
 #endif
 }
 
-// Waits until everything that this thread has put is there, however long that takes (NVSHMEM API,
-// "Memory Ordering", nvshmem_quiet).
+// Waits until everything that this PE has put is there, however long that takes (NVSHMEM API,
+// "Memory Ordering", nvshmem_quiet). The emulator waits for what this thread has put, which is
+// less.
 FLASHMOE_DEVICE void quiet() {
 #if FLASHMOE_EMULATED
   emulator::quiet();
@@ -62,8 +76,12 @@ FLASHMOE_DEVICE uint64_t signal_fetch(uint64_t* signal) {
 // it so is visible from here on (NVSHMEM API, "Point-To-Point Synchronization", nvshmem_test).
 FLASHMOE_DEVICE bool signal_reached(uint64_t* signal, uint64_t value) {
 #if FLASHMOE_EMULATED
-  return emulator::atomic_load(signal, sizeof(*signal), emulator::Order::kAcquire,
-                               emulator::Scope::kSystem) >= value;
+  if (emulator::atomic_load(signal, sizeof(*signal), emulator::Order::kAcquire,
+                            emulator::Scope::kSystem) < value) {
+    return false;
+  }
+  emulator::acquire_puts(signal);
+  return true;
 #else
   return nvshmem_uint64_test(signal, NVSHMEM_CMP_GE, value) != 0;
 #endif

@@ -58,9 +58,12 @@ struct TensorMap {
 };
 void tma_load(void* shared, const TensorMap* map, void* barrier, int32_t x, int32_t y, int32_t z);
 
-// NVSHMEM. Addresses are those of the objects in the caller's own symmetric memory.
+// NVSHMEM. Addresses are those of the objects in the caller's own symmetric memory. By one lane for
+// all; `alike`: they all ask for the same.
 void put_signal(void* target, const void* source, size_t bytes, uint64_t* signal, uint64_t value,
-                bool add, int pe);
+                bool add, int pe, bool alike);
+// What the puts brought that have updated the signal is visible from here on.
+void acquire_puts(const uint64_t* signal);
 void quiet();
 
 // Tensor cores.

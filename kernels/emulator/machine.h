@@ -169,7 +169,8 @@ struct AtomicLocation {
     View scopes[2];  // by Scope: those of that scope
   };
   std::vector<Releases> gpus;
-  uint32_t puts = 0;  // whose signal it was
+  View put;           // what the puts make known whose signal it was; no ordinary acquire sees it
+  uint32_t puts = 0;  // how many they are
   Id network = 0;     // who did what these puts did
   // Since somebody last stored to it. Additions of both kinds are not atomic to each other.
   bool added_by_threads = false, added_by_network = false;

@@ -118,7 +118,10 @@ struct Atomic {
       m.next_epoch(thread);
     }
     AtomicLocation& location = m.locations[offset];
-    if (!modifies) location.gpus.clear();
+    if (!modifies) {
+      location.gpus.clear();
+      location.put = {};
+    }
     if (modifies && location.added_by_network) {
       m.fail("signal misuse: " + m.who(thread) + " adds atomically to " + m.where(offset) +
              ", to which puts add; neither is atomic to the other");

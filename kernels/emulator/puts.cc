@@ -1,8 +1,10 @@
 // Puts with signals, to PEs whose memory a GPU cannot address. What a put reads and writes is
 // checked when it is issued, with an identity that nobody knows; its bytes move later, and its
 // signal is updated after them. From then on they belong to an identity of the signal, which those
-// who acquire the signal come to know: they see the bytes, and know that the source was read. Of
-// what the issuing thread did before they see what its last fence released to the system.
+// who acquire_puts of the signal come to know: they see the bytes, and know that the source was
+// read. Of what the issuing thread did before they see what its last fence released to the system.
+// An ordinary acquire of the signal is not enough: it does not wait for what the network has still
+// to write (NVSHMEM API, "Memory Ordering").
 #include <algorithm>
 #include <cstring>
 
@@ -80,20 +82,22 @@ void Machine::deliver(Put& put) {
     value += before;
   } else {
     location.gpus.clear();
+    location.put = {};
   }
   std::memcpy(memory.at(put.signal), &value, kSignalBytes);
-  location.gpus.resize(gpus.size());
-  View& released = location.gpus[static_cast<size_t>(block_of(thread).gpu)].scopes[kSystem];
-  released = join(released, view);
+  location.put = join(location.put, view);
 
   thread.put = join(thread.put, view);
   if (--thread.puts == 0 && thread.wait == Wait::kQuiet) make_ready(thread);
 }
 
 void put_signal(void* target, const void* source, size_t bytes, uint64_t* signal, uint64_t value,
-                bool add, int pe) {
+                bool add, int pe, bool alike) {
   Thread& thread = begin_hook("put_signal", __builtin_return_address(0));
   Machine& m = *machine;
+  if (!alike) {
+    m.fail("put misuse: " + m.who(thread) + " puts, and other lanes of its warp something else");
+  }
   thread.unproductive = 0;
   Put put{};
   put.source = symmetric(thread, source, bytes, m.block_of(thread).gpu);
@@ -133,6 +137,13 @@ void put_signal(void* target, const void* source, size_t bytes, uint64_t* signal
     });
   }
   m.at(last + m.delay(), [&m, put]() mutable { m.deliver(put); });
+}
+
+void acquire_puts(const uint64_t* signal) {
+  Thread& thread = begin_hook("acquire_puts", __builtin_return_address(0));
+  Machine& m = *machine;
+  const auto location = m.locations.find(m.memory.offset(reinterpret_cast<uintptr_t>(signal)));
+  if (location != m.locations.end()) m.acquire(thread, location->second.put);
 }
 
 void quiet() {

@@ -54,24 +54,35 @@ struct Pes {
 
 enum class Fault {
   kNone,
-  kNoWait,             // the receiver reads without waiting for the signal
-  kFetchOnly,          // it looks at the signal, but does not acquire it
-  kOtherPut,           // it reads what another put, whose signal it does not know, brought
-  kSourceChanged,      // the sender changes the source while the put may read it
-  kTargetUsed,         // the sender puts again while the receiver may still read
-  kNoFence,            // the sender's ordinary stores are not released before the put
-  kNotConverged,       // the source is written by lanes that the put's lane has not met
-  kPrivateSource,      // the source is not symmetric memory
-  kAddressOfPeer,      // the target is named by its address at the peer
-  kNoPe,               // there is no such PE
-  kTwoKindsOfAddition  // threads and puts add to one word
+  kNoWait,              // the receiver reads without waiting for the signal
+  kFetchOnly,           // it looks at the signal, but does not acquire it
+  kFetchAndFence,       // it looks at the signal and acquires as one does of threads
+  kAcquireLoad,         // the same in one
+  kOtherPut,            // it reads what another put, whose signal it does not know, brought
+  kSourceChanged,       // the sender changes the source while the put may read it
+  kTargetUsed,          // the sender puts again while the receiver may still read
+  kNoFence,             // the sender's ordinary stores are not released before the put
+  kNotConverged,        // the source is written by lanes that the put's lane has not met
+  kPrivateSource,       // the source is not symmetric memory
+  kAddressOfPeer,       // the target is named by its address at the peer
+  kNoPe,                // there is no such PE
+  kTwoKindsOfAddition,  // threads and puts add to one word
+  kLanesDiffer          // the lanes of a warp put different things
 };
 
 void wait_for(uint64_t* signal, uint64_t value, Fault fault) {
   if (fault == Fault::kNoWait) return;
+  if (fault == Fault::kAcquireLoad) {
+    while (device::load_acquire<Scope::kSystem>(signal) < value) {
+    }
+    return;
+  }
   while (device::signal_fetch(signal) < value) {
   }
-  if (fault != Fault::kFetchOnly) device::signal_reached(signal, value);
+  if (fault == Fault::kFetchAndFence) device::fence<Scope::kSystem>();
+  if (fault != Fault::kFetchOnly && fault != Fault::kFetchAndFence) {
+    device::signal_reached(signal, value);
+  }
 }
 
 // PE 0 sends numbers to PE 1 in rounds, PE 1 adds them up and says when it has. Both puts signal
@@ -94,7 +105,8 @@ Kernel ping_pong(Pes& pes, Fault fault) {
         if (fault == Fault::kPrivateSource) source = pes.private_memory.data();
         device::put_signal(own.other_target, own.other_source, sizeof(own.other_source),
                            &own.other_signal, 1, SignalOp::kAdd, 1);
-        device::put_signal(target, source, sizeof(own.source), &own.signal, round, SignalOp::kSet,
+        const size_t bytes = sizeof(own.source) - (fault == Fault::kLanesDiffer && lane == 5);
+        device::put_signal(target, source, bytes, &own.signal, round, SignalOp::kSet,
                            fault == Fault::kNoPe ? kPes : 1);
         if (fault == Fault::kTwoKindsOfAddition && lane == 0) {
           device::add_relaxed<Scope::kSystem>(&pes.heap(1).other_signal, uint64_t{0});
@@ -143,7 +155,10 @@ void rounds(uint64_t seed) {
   caught(Fault::kNoPe, {"put misuse", "puts to PE 2, and there is symmetric memory of 2 PEs"});
   caught(Fault::kTwoKindsOfAddition, {"signal misuse", "neither is atomic to the other"});
   caught(Fault::kSourceChanged, {"stage reused early: block 0 warp 0", "which a put"});
-  caught(Fault::kFetchOnly, {"read early: block 1 warp 0", "of 'heap of PE 1'"});
+  for (const Fault fault : {Fault::kFetchOnly, Fault::kFetchAndFence, Fault::kAcquireLoad}) {
+    caught(fault, {"read early: block 1 warp 0", "of 'heap of PE 1'"});
+  }
+  caught(Fault::kLanesDiffer, {"put misuse: block 0 warp 0 lane 0", "something else"});
   is_caught_sometimes(seed, pes.trial(), {"heap of PE"}, ping_pong(pes, Fault::kNoWait));
   is_caught_sometimes(seed, pes.trial(), {"heap of PE 1"}, ping_pong(pes, Fault::kOtherPut));
   is_caught_sometimes(seed, pes.trial(), {"heap of PE"}, ping_pong(pes, Fault::kTargetUsed));
