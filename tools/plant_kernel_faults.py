@@ -130,8 +130,8 @@ FAULTS = (
     ),
     Fault(
         "network: no acquire of the signals of counts",
-        "kernels/cuda/network_transport.h",
-        "    device::signal_reached(context.counted(context.rank, pe), word);\n",
+        "kernels/cuda/route.h",
+        "      if (came) Transport::saw_counts(context, pe, last);\n",
         "",
         "network_tests",
     ),
