@@ -162,25 +162,23 @@ function(flashmoe_cuda_object source architecture)
 endfunction()
 
 # NVSHMEM's headers and device library, from PyPI's package or a system's.
+include(nvshmem)
 flashmoe_cuda_packages(nvshmem_roots)
 list(TRANSFORM nvshmem_roots APPEND /nvidia/nvshmem)
 if(NOT FLASHMOE_CUDA_TOOLCHAIN AND DEFINED ENV{NVSHMEM_HOME})
   list(PREPEND nvshmem_roots $ENV{NVSHMEM_HOME})
 endif()
-find_path(FLASHMOE_NVSHMEM_INCLUDE nvshmem.h PATHS ${nvshmem_roots} PATH_SUFFIXES include
-          NO_DEFAULT_PATH NO_CACHE)
-find_file(FLASHMOE_NVSHMEM_DEVICE libnvshmem_device.a PATHS ${nvshmem_roots} PATH_SUFFIXES lib
-          NO_DEFAULT_PATH NO_CACHE)
-set(FLASHMOE_NETWORK_TRANSPORT FALSE)
-if(FLASHMOE_NVSHMEM_INCLUDE AND FLASHMOE_NVSHMEM_DEVICE)
-  set(FLASHMOE_NETWORK_TRANSPORT TRUE)
-  message(STATUS "CUDA: with the network transport, of NVSHMEM in ${FLASHMOE_NVSHMEM_INCLUDE}")
+set(nvshmem_missing)
+flashmoe_find_nvshmem(nvshmem_missing ${nvshmem_roots})
+if(NOT nvshmem_missing)
+  message(STATUS "CUDA: with the network transport, of NVSHMEM ${FLASHMOE_NVSHMEM_VERSION} "
+                 "(${FLASHMOE_NVSHMEM_INCLUDE})")
 elseif(FLASHMOE_CUDA STREQUAL "ON")
-  message(FATAL_ERROR "CUDA was asked for, but there is no nvshmem.h or libnvshmem_device.a in "
-                      "${nvshmem_roots}; FLASHMOE_CUDA=1 in the environment of pip or make takes "
-                      "them from PyPI.")
+  message(FATAL_ERROR "CUDA was asked for, but there is ${nvshmem_missing}. Install "
+                      "nvidia-nvshmem-cu13, or let NVSHMEM_HOME name another NVSHMEM; "
+                      "FLASHMOE_CUDA=1 in the environment of pip or make takes it from PyPI.")
 else()
-  message(STATUS "CUDA: without the network transport, there is no NVSHMEM in ${nvshmem_roots}")
+  message(STATUS "CUDA: without the network transport, there is ${nvshmem_missing}")
 endif()
 
 # flashmoe_cuda_network_image(SOURCE ARCHITECTURE): compiles one source for one architecture, links
@@ -190,7 +188,7 @@ function(flashmoe_cuda_network_image source architecture)
   get_filename_component(name ${source} NAME_WE)
   set(output ${CMAKE_CURRENT_BINARY_DIR}/${name})
   set(flashmoe_cuda_network_images ${flashmoe_cuda_network_images} ${output}.inc PARENT_SCOPE)
-  if(NOT FLASHMOE_NETWORK_TRANSPORT)
+  if(nvshmem_missing)
     file(GENERATE OUTPUT ${output}.inc
          CONTENT "static constexpr std::span<const unsigned long long> ${name};\n")
     return()

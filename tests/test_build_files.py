@@ -147,6 +147,8 @@ def test_the_oldest_versions_agree() -> None:
     overrides = project["tool"]["scikit-build"]["overrides"]
     (cuda,) = (override["build"]["requires"] for override in overrides if "build" in override)
     assert f"nvidia-nvshmem-cu13=={'.'.join(nvshmem)}" in cuda
+    found = (ROOT / "cmake" / "nvshmem.cmake").read_text()
+    assert f"(flashmoe_oldest_nvshmem {'.'.join(nvshmem)})" in found
 
     jax = ".".join(map(str, OLDEST_JAX))
     assert f"jax>={jax}" in project["project"]["dependencies"]

@@ -1,4 +1,4 @@
-"""The NVSHMEM host library that is found must fit the one that the kernel was built for.
+"""The NVSHMEM that is found must fit: where the module is built, and where it is loaded.
 
 A library that only says its version plays the part; the loader is compiled from its own source, so
 that no CUDA is needed.
@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "kernels" / "cuda" / "nvshmem.h"
 
 _LIBRARY = """
-extern "C" void {function}(int* major, int* minor, int* patch) {{
+extern "C" {{
+void {function}(int* major, int* minor, int* patch) {{
   *major = {version[0]}, *minor = {version[1]}, *patch = {version[2]};
+}}
+int nvshmemx_culibrary_init(void*) {{ return 7; }}
 }}
 """
 _PROGRAM = """
@@ -26,8 +29,11 @@ _PROGRAM = """
 
 #include "kernels/cuda/nvshmem.h"
 
-int main(int, char** arguments) try {
-  const flashmoe::cuda::NvshmemVersion version = flashmoe::cuda::Nvshmem(arguments[1]).version();
+// usage: LIBRARY [initialize]
+int main(int count, char** arguments) try {
+  const flashmoe::cuda::Nvshmem nvshmem(arguments[1]);
+  if (count > 2) nvshmem.initialize(nullptr);
+  const flashmoe::cuda::NvshmemVersion version = nvshmem.version();
   std::printf("%d.%d.%d\\n", version.major, version.minor, version.patch);
 } catch (const std::exception& error) {
   std::fputs(error.what(), stderr);
@@ -66,13 +72,15 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     compile_source(_PROGRAM, program, str(HEADER.with_suffix(".cc")), "-ldl")
 
     def run(
-        version: tuple[int, int, int], function: str = "nvshmemx_vendor_get_version_info"
+        version: tuple[int, int, int],
+        *arguments: str,
+        function: str = "nvshmemx_vendor_get_version_info",
     ) -> "subprocess.CompletedProcess[str]":
         library = folder / f"libnvshmem_host_{'_'.join(map(str, version))}_{function}.so"
         text = _LIBRARY.format(function=function, version=version)
         compile_source(text, library, "-shared", "-fPIC")
         return subprocess.run(
-            [str(program), str(library)], capture_output=True, text=True, check=False
+            [str(program), str(library), *arguments], capture_output=True, text=True, check=False
         )
 
     return run
@@ -108,6 +116,99 @@ def test_a_library_without_a_version(load: Load) -> None:
     process = load(built_for(), function="something_else")
     assert process.returncode == 1
     assert "has no function nvshmemx_vendor_get_version_info" in process.stderr
+
+
+def test_a_library_that_refuses_the_kernels(load: Load) -> None:
+    process = load(built_for(), "initialize")
+    assert process.returncode == 1
+    numbers = ".".join(map(str, built_for()))
+    assert f"NVSHMEM {numbers} refused the kernels" in process.stderr
+    assert "nvshmemx_culibrary_init returned 7" in process.stderr
+    assert "pip install --upgrade nvidia-nvshmem-cu13" in process.stderr
+
+
+_FIND = """
+include(nvshmem)
+set(missing)
+flashmoe_find_nvshmem(missing ${ROOTS})
+if(missing)
+  message(FATAL_ERROR "there is ${missing}")
+endif()
+message("${FLASHMOE_NVSHMEM_VERSION} ${FLASHMOE_NVSHMEM_INCLUDE} ${FLASHMOE_NVSHMEM_DEVICE}")
+"""
+
+
+def install(root: Path, version: tuple[int, int, int] | None, device: bool = True) -> Path:
+    """Something that looks like an NVSHMEM to a build."""
+    (root / "include" / "non_abi").mkdir(parents=True)
+    (root / "lib").mkdir()
+    (root / "include" / "nvshmem.h").touch()
+    if version is not None:
+        names = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+        text = "".join(f"#define NVSHMEM_VENDOR_{name}_VERSION {part}\n" for name, part in names)
+        (root / "include" / "non_abi" / "nvshmem_version.h").write_text(text)
+    if device:
+        (root / "lib" / "libnvshmem_device.a").touch()
+    return root
+
+
+def find(folder: Path, *roots: Path) -> "subprocess.CompletedProcess[str]":
+    """What the build finds in the folders."""
+    script = folder / "find.cmake"
+    script.write_text(_FIND)
+    command = [
+        "cmake",
+        f"-DCMAKE_MODULE_PATH={ROOT / 'cmake'}",
+        f"-DROOTS={';'.join(map(str, roots))}",
+        "-P",
+        str(script),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    # CMake wraps what it says of errors.
+    process.stderr = " ".join(process.stderr.split())
+    return process
+
+
+@pytest.mark.parametrize("change", [(0, 0, 0), (0, 0, 1), (0, 5, -24)])
+def test_a_build_finds_an_nvshmem_that_fits(tmp_path: Path, change: tuple[int, int, int]) -> None:
+    major, minor, patch = (a + b for a, b in zip(built_for(), change, strict=True))
+    root = install(tmp_path / "there", (major, minor, patch))
+    process = find(tmp_path, tmp_path / "not there", root)
+    assert process.returncode == 0, process.stderr
+    version, include, device = process.stderr.split()
+    assert version == f"{major}.{minor}.{patch}"
+    assert Path(include) == root / "include"
+    assert Path(device) == root / "lib" / "libnvshmem_device.a"
+
+
+@pytest.mark.parametrize("change", [(0, 0, -1), (0, -1, 50), (-1, 8, 0), (1, 0, 0), (27, 0, 0)])
+def test_a_build_refuses_an_nvshmem_of_another_version(
+    tmp_path: Path, change: tuple[int, int, int]
+) -> None:
+    major, minor, patch = (a + b for a, b in zip(built_for(), change, strict=True))
+    process = find(tmp_path, install(tmp_path / "there", (major, minor, patch)))
+    assert process.returncode != 0
+    assert f"there is only NVSHMEM {major}.{minor}.{patch} in {tmp_path}" in process.stderr
+    assert f"it must be {'.'.join(map(str, built_for()))} or a later one" in process.stderr
+
+
+def test_a_build_refuses_an_nvshmem_without_a_version(tmp_path: Path) -> None:
+    process = find(tmp_path, install(tmp_path / "there", None))
+    assert process.returncode != 0
+    assert "there is only NVSHMEM of an unknown version" in process.stderr
+
+
+def test_a_build_without_nvshmem(tmp_path: Path) -> None:
+    process = find(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert process.returncode != 0
+    assert f"there is no include/nvshmem.h in {tmp_path}/a or {tmp_path}/b" in process.stderr
+
+
+def test_a_build_does_not_mix_two_nvshmems(tmp_path: Path) -> None:
+    headers = install(tmp_path / "headers", built_for(), device=False)
+    process = find(tmp_path, headers, install(tmp_path / "whole", built_for()))
+    assert process.returncode != 0
+    assert f"there is no {headers}/lib/libnvshmem_device.a" in process.stderr
 
 
 # PEs 0 and 1 are on one node, 2 and 3 on another; 4 is only reached by 3.

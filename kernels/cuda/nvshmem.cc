@@ -144,8 +144,12 @@ bool Nvshmem::reach_each_other(std::span<const int32_t> groups, int32_t pes_of_g
 void Nvshmem::initialize(void* library) const {
   const int status = find<int (*)(void*)>("nvshmemx_culibrary_init")(library);
   if (status != 0) {
-    throw std::runtime_error("nvshmemx_culibrary_init returned " + std::to_string(status) +
-                             "; NVSHMEM_DEBUG=INFO in the environment makes it say why");
+    throw std::runtime_error(
+        "NVSHMEM " + text(version_) + " refused the kernels that send over a network: " +
+        "nvshmemx_culibrary_init returned " + std::to_string(status) +
+        "; it must not be older than the one that they were built with, so install the newest: "
+        "pip install --upgrade nvidia-nvshmem-cu13. NVSHMEM_DEBUG=INFO in the environment makes "
+        "it say why");
   }
 }
 

@@ -52,8 +52,8 @@ class Nvshmem {
   void set_reach(std::vector<bool> reach);
   // Whether in every one of the groups, [groups][pes_of_group], all PEs reach each other.
   bool reach_each_other(std::span<const int32_t> groups, int32_t pes_of_group) const;
-  // Makes device code that calls NVSHMEM ready on the current GPU: a CUlibrary, linked with the
-  // device library of kNvshmemBuiltFor or an older one.
+  // Makes device code that calls NVSHMEM ready on the current GPU: a CUlibrary, linked with a
+  // device library that is not newer than this host library. NVSHMEM compares the two.
   void initialize(void* library) const;
   // Collective.
   void barrier() const;
