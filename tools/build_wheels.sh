@@ -20,11 +20,12 @@ CXX=$(tools/find_compiler.sh)
 export CXX
 say() { echo "==> $*"; }
 
+# What is in a wheel must not depend on which nvcc or NVSHMEM this machine has, nor on whether.
+unset CUDACXX NVSHMEM_HOME
 modules=_ext
 if [ "${FLASHMOE_CUDA:-}" = 1 ]; then
   modules='_ext _cuda'
 else
-  # What is in a wheel must not depend on whether this machine has an nvcc.
   export SKBUILD_CMAKE_DEFINE=FLASHMOE_CUDA=OFF
 fi
 
