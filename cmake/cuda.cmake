@@ -195,15 +195,16 @@ function(flashmoe_cuda_network_image source architecture)
   endif()
   set(input ${CMAKE_CURRENT_SOURCE_DIR}/${source})
   set(target -gencode arch=compute_${architecture},code=sm_${architecture})
-  set(flags -std=c++20 -O3 -rdc=true ${target})
+  set(flags -std=c++20 -O3 -rdc=true -Xptxas -v ${target})
   get_filename_component(bin ${FLASHMOE_NVCC} DIRECTORY)
   find_program(bin2c bin2c HINTS ${bin} REQUIRED NO_CACHE)
   add_custom_command(
     OUTPUT ${output}.inc
-    BYPRODUCTS ${output}.o ${output}.fatbin
-    DEPENDS ${input}
+    BYPRODUCTS ${output}.o ${output}.log ${output}.fatbin
+    DEPENDS ${input} ${PROJECT_SOURCE_DIR}/cmake/run_logged.cmake
     DEPFILE ${output}.d
-    COMMAND ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${flags} -I${PROJECT_SOURCE_DIR}
+    COMMAND ${CMAKE_COMMAND} -D LOG=${output}.log -P ${PROJECT_SOURCE_DIR}/cmake/run_logged.cmake --
+            ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${flags} -I${PROJECT_SOURCE_DIR}
             -isystem ${FLASHMOE_NVSHMEM_INCLUDE} -MD -MF ${output}.d -MT ${output}.inc -c ${input}
             -o ${output}.o
     COMMAND ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -dlink -fatbin --compress-mode=size

@@ -96,7 +96,9 @@ SM80 = """
 """
 
 
-def found(checker: ModuleType, *fakes: Fake, log: str | None = None) -> list[str]:
+def found(
+    checker: ModuleType, *fakes: Fake, log: str | None = None, network: bool = False
+) -> list[str]:
     import machine_code
 
     kernels = machine_code.parse(
@@ -104,7 +106,7 @@ def found(checker: ModuleType, *fakes: Fake, log: str | None = None) -> list[str
     )
     text = "".join(fake.log() for fake in fakes) if log is None else log
     warnings = machine_code.read_log(text, kernels)
-    return checker.check(kernels, warnings, logged=True)
+    return checker.check(kernels, warnings, logged=True, network=network)
 
 
 def test_kernels_as_they_should_be(checker: ModuleType) -> None:
@@ -162,7 +164,7 @@ def test_local_memory_outside_the_main_loops_is_no_fault_of_theirs(checker: Modu
 
 def test_a_missing_architecture(checker: ModuleType) -> None:
     assert found(checker, Fake("sm_80", SM80)) == [
-        "no kernel for sm_90a: check the architectures in cmake/cuda.cmake"
+        "no kernel for sm_90a: check the architectures in kernels/CMakeLists.txt"
     ]
 
 
@@ -176,6 +178,91 @@ def test_a_warning_of_ptxas(checker: ModuleType) -> None:
     (line,) = found(checker, *fakes, log=serialized + log)
     assert "C7510" in line
     assert found(checker, *fakes, log=log) == []
+
+
+# What ptxas says of each kernel that calls functions of NVSHMEM's on sm_90a.
+SERIALIZED = (
+    "ptxas info    : (C7509) Potential Performance Loss: wgmma.mma_async instructions are "
+    "serialized due to the presence of Extern calls in the function '{name}'\n"
+)
+
+
+def network(architecture: str, spilled: int = 0, **resources: int) -> Fake:
+    code = SM80 if architecture == "sm_80" else SM90
+    return Fake(architecture, code, resources, spilled, name="network_float16")
+
+
+GOOD = (Fake("sm_90a", SM90), Fake("sm_80", SM80))
+SENDS = (network("sm_90a", STACK=384), network("sm_80", 1536, STACK=512))
+
+
+def test_kernels_that_send_over_a_network(checker: ModuleType) -> None:
+    fakes = (*GOOD, *SENDS)
+    log = SERIALIZED.format(name="network_float16") + "".join(fake.log() for fake in fakes)
+    assert found(checker, *fakes, log=log, network=True) == []
+
+
+@pytest.mark.parametrize(
+    ("fakes", "complaint"),
+    [
+        ((network("sm_90a", STACK=385), SENDS[1]), "385 bytes of stack, allowed are 384"),
+        ((network("sm_90a", 1), SENDS[1]), "1 bytes of spills, allowed are 0"),
+        ((network("sm_90a", REG=169), SENDS[1]), "169 registers, allowed are 168"),
+        ((network("sm_90a", SHARED=4096), SENDS[1]), "4096 bytes of static shared memory"),
+        ((SENDS[0], network("sm_80", STACK=513)), "513 bytes of stack, allowed are 512"),
+        ((SENDS[0], network("sm_80", 1537)), "1537 bytes of spills, allowed are 1536"),
+        ((SENDS[0], network("sm_80", REG=129)), "129 registers, allowed are 128"),
+        (SENDS[:1], "no kernel with the network transport for sm_80"),
+        (SENDS[1:], "no kernel with the network transport for sm_90a"),
+    ],
+)
+def test_a_kernel_that_sends_with_a_fault(
+    checker: ModuleType, fakes: tuple[Fake, ...], complaint: str
+) -> None:
+    (line,) = found(checker, *GOOD, *fakes, network=True)
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        (SM90.replace("HGMMA.64x8x16", "HMMA.16816"), "no HGMMA"),
+        (SM90.replace("UTMALDG.2D", "LDG.E"), "no UTMALDG"),
+        (SM90.replace("ready:\n", "ready:\nSTL [R1], R24\n"), "1 accesses to local memory"),
+    ],
+)
+def test_a_kernel_that_sends_without_what_makes_it_fast(
+    checker: ModuleType, code: str, complaint: str
+) -> None:
+    (line,) = found(
+        checker, *GOOD, Fake("sm_90a", code, name="network_float16"), SENDS[1], network=True
+    )
+    assert complaint in line
+
+
+def test_only_calls_of_nvshmem_may_serialize_products(checker: ModuleType) -> None:
+    fakes = (*GOOD, *SENDS)
+    log = "".join(fake.log() for fake in fakes)
+    direct = SERIALIZED.format(name="moe")
+    (line,) = found(checker, *fakes, log=direct + log, network=True)
+    assert "C7509" in line
+    other = SERIALIZED.format(name="network_float16").replace("C7509", "C7510")
+    (line,) = found(checker, *fakes, log=other + log, network=True)
+    assert "C7510" in line
+
+
+@pytest.mark.parametrize(
+    ("function", "counts"), [("_Z14nvshmemi_quietv", False), ("_Z7combinev", True)]
+)
+def test_spills_of_functions(checker: ModuleType, function: str, counts: bool) -> None:
+    fakes = (*GOOD, *SENDS)
+    spills = (
+        f"ptxas info    : Function properties for {function}\n"
+        "    8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads\n"
+    )
+    log = "".join(fake.log() + spills for fake in fakes)
+    lines = found(checker, *fakes, log=log, network=True)
+    assert len(lines) == (len(fakes) if counts else 0), lines
 
 
 def test_the_log_of_another_build(checker: ModuleType) -> None:

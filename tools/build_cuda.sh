@@ -31,8 +31,9 @@ cmake --build $build --target _cuda
 say "Compiled in $(($(seconds) - start)) s"
 
 PYTHONPATH=$build/kernels "$python" -c 'import _cuda; print("==> It imports:", _cuda.__file__)'
-(cd $build/kernels && ls -l _cuda*.so ./*.cu.o)
+(cd $build/kernels && ls -l _cuda*.so ./*.cu.o network_*.fatbin)
 say "Machine code"
 set --
-for log in $build/kernels/*.cu.o.log; do set -- "$@" --log "$log"; done
+for log in $build/kernels/*.cu.o.log $build/kernels/network_*.log; do set -- "$@" --log "$log"; done
+for image in $build/kernels/network_*.fatbin; do set -- "$@" --network "$image"; done
 "$python" tools/check_machine_code.py "$@" $build/kernels/_cuda*.so

@@ -75,18 +75,25 @@ def _split(heading: re.Pattern[str], text: str) -> list[tuple[str, str]]:
 
 
 _COMPILING = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
+_LIBRARY_FUNCTION = re.compile(r"Function properties for _Z\d+nvshmem")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def read_log(log: str, kernels: Iterable[Kernel]) -> list[str]:
-    """Adds the spills that `ptxas -v` reports to the kernels, and returns its warnings."""
+    """Adds the spills that `ptxas -v` reports to the kernels, and returns its warnings.
+
+    Those of NVSHMEM's functions are not added.
+    """
     known = {(kernel.architecture, kernel.name): kernel for kernel in kernels}
     current: Kernel | None = None
+    own = True
     warnings = []
     for line in log.splitlines():
         if found := _COMPILING.search(line):
             current = known.get((found[2], found[1]))
-        elif (found := _SPILLS.search(line)) and current is not None:
+        elif "Function properties for" in line:
+            own = _LIBRARY_FUNCTION.search(line) is None
+        elif (found := _SPILLS.search(line)) and current is not None and own:
             # A function that the kernel calls has a line of its own.
             current.spills = (current.spills or 0) + int(found[1]) + int(found[2])
         elif re.search(r"warning|Potential Performance Loss", line, re.IGNORECASE):
