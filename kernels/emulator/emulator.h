@@ -60,6 +60,9 @@ struct Launch {
   // The GPU on which each CTA runs; empty if there is one GPU. Scope::kGpu does not order accesses
   // of threads on different ones.
   std::vector<int> gpu_of_block{};
+  // Each GPU has a grid of its own, as processes launch kernels: block_index and block_count are
+  // those of the GPU's CTAs alone.
+  bool grid_per_gpu = false;
   // By PE, which is a GPU: memory of equal size that puts reach.
   std::vector<const GlobalMemory*> symmetric{};
   // A launch that needs more hook calls or virtual time than this fails.
@@ -77,6 +80,9 @@ struct Outcome {
 // second begins when all CTAs have ended the first, sees all that they wrote, and finds its shared
 // memory as it is at the start of a launch. Other GPUs do not wait.
 void next_kernel();
+
+// The GPU on which the calling thread runs.
+int gpu_index();
 
 // Runs `body` once per thread until all have returned. Throws Failure, or what the body threw. A
 // launch that fails abandons its fibers: nothing on their stacks is destroyed.

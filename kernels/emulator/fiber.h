@@ -26,7 +26,8 @@ void switch_context(Context& from, Context& to);
 // They are kept for the next launch.
 class Stacks {
  public:
-  static constexpr size_t kMaxStacks = 16384;
+  // 64 CTAs of 384 threads. A stack is two mappings, and Linux lets a process have 65530.
+  static constexpr size_t kMaxStacks = size_t{64} * 384;
   static constexpr size_t kStride = 128 * 1024;  // a stack and its guard page
 
   Stacks();

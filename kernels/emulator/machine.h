@@ -153,12 +153,14 @@ struct Agent {
 };
 
 struct Gpu {
+  int blocks = 0;
   int threads = 0;               // that have not ended
   std::vector<Thread*> waiting;  // in next_kernel
 };
 
 struct Block {
   int gpu;
+  int index;  // in its grid
   std::array<NamedBarrier, 16> barriers;
   std::unordered_map<size_t, std::unique_ptr<Mbarrier>> mbarriers;  // by offset
 };

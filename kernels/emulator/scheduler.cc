@@ -74,7 +74,10 @@ Machine::Machine(const Launch& launch_, const std::function<void()>& body_)
   warpgroups.resize(threads.size() / kWarpgroupSize);
   for (size_t i = 0; i < blocks.size(); ++i) {
     blocks[i].gpu = launch.gpu_of_block.empty() ? 0 : launch.gpu_of_block[i];
-    gpus[static_cast<size_t>(blocks[i].gpu)].threads += launch.threads;
+    Gpu& gpu = gpus[static_cast<size_t>(blocks[i].gpu)];
+    blocks[i].index = launch.grid_per_gpu ? gpu.blocks : static_cast<int>(i);
+    gpu.threads += launch.threads;
+    ++gpu.blocks;
   }
   for (size_t i = 0; i < warps.size(); ++i) {
     warps[i].index = static_cast<int>(i);

@@ -8,8 +8,12 @@
 namespace flashmoe::emulator {
 
 int thread_index() { return machine->current->index; }
-int block_index() { return machine->current->block; }
-int block_count() { return machine->launch.blocks; }
+int gpu_index() { return machine->block_of(*machine->current).gpu; }
+int block_index() { return machine->block_of(*machine->current).index; }
+int block_count() {
+  const Machine& m = *machine;
+  return m.launch.grid_per_gpu ? m.gpus[static_cast<size_t>(gpu_index())].blocks : m.launch.blocks;
+}
 int block_threads() { return machine->launch.threads; }
 std::byte* shared_memory() { return machine->memory.shared(machine->current->block); }
 

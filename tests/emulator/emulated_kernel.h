@@ -222,7 +222,7 @@ struct KernelTrial {
   std::vector<std::vector<GateProblem>> gates{};
   // With NetworkTransport: whether PE `pe` stores to PE `other` itself. Null: to none but itself.
   std::function<bool(int32_t pe, int32_t other)> reaches{};
-  // Changes what the CTAs of a PE are given. For faults.
+  // Changes what the CTAs of a PE that has its own GPU are given. For faults.
   std::function<void(cuda::KernelArguments&, size_t epoch, int32_t pe)> edit{};
 };
 
@@ -245,7 +245,8 @@ KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t see
   std::vector<int32_t> processes(static_cast<size_t>(pes));
   std::iota(processes.begin(), processes.end(), 0);
   std::deque<EmulatedCall> calls;
-  std::vector<std::vector<cuda::KernelArguments>> arguments;  // by epoch and PE
+  // By epoch and GPU. On GPUs of their own, PEs are launched as processes launch them.
+  std::vector<std::vector<cuda::KernelArguments>> arguments;
   for (size_t epoch = 0; epoch < problems.size(); ++epoch) {
     const Problem& problem = problems[epoch];
     const bool routes = !trial.gates.empty();
@@ -259,24 +260,28 @@ KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t see
         .check_weights = problem.check_weights,
         .gate = routes ? &gate : nullptr,
     };
-    cuda::KernelArguments of_all =
-        cuda::kernel_arguments(configuration, call, 0, memory.heaps(), memory.places(),
-                               calls.back().buffers(), &encode_for_emulator, processes);
-    of_all.remote = !trial.one_gpu;
-    arguments.emplace_back(static_cast<size_t>(pes), of_all);
-    for (int32_t pe = 0; pe < pes; ++pe) {
-      cuda::KernelArguments& of_pe = arguments.back()[static_cast<size_t>(pe)];
+    const std::vector<cuda::PePlace> places = memory.places();
+    const std::vector<cuda::PeBuffers>& buffers = calls.back().buffers();
+    const size_t pes_of_gpu = trial.one_gpu ? places.size() : 1;
+    arguments.emplace_back();
+    for (size_t first = 0; first < places.size(); first += pes_of_gpu) {
+      const auto pe = static_cast<int32_t>(first);
+      arguments.back().push_back(cuda::kernel_arguments(
+          configuration, call, pe, memory.heaps(), std::span(places).subspan(first, pes_of_gpu),
+          std::span(buffers).subspan(first, pes_of_gpu), &encode_for_emulator, processes));
+      cuda::KernelArguments& of_gpu = arguments.back().back();
       for (int32_t other = 0; other < pes && Transport::kNetwork; ++other) {
         if (other == pe || (trial.reaches && trial.reaches(pe, other))) continue;
-        of_pe.heaps[other] = nullptr;
+        of_gpu.heaps[other] = nullptr;
       }
-      if (trial.edit) trial.edit(of_pe, epoch, pe);
+      if (trial.edit) trial.edit(of_gpu, epoch, pe);
     }
   }
   emulator::Launch launch{.blocks = trial.ctas * pes,
                           .threads = Engine::kThreads,
                           .shared_bytes = sizeof(cuda::KernelShared<Engine>),
-                          .seed = seed};
+                          .seed = seed,
+                          .grid_per_gpu = !trial.one_gpu};
   if (!trial.one_gpu) {
     for (int32_t block = 0; block < launch.blocks; ++block) {
       launch.gpu_of_block.push_back(block / trial.ctas);
@@ -286,10 +291,10 @@ KernelResult run_kernel_on_emulator(std::vector<Problem>& problems, uint64_t see
     if (Transport::kNetwork) launch.symmetric.push_back(&heap);
   }
   const emulator::Outcome outcome = emulator::launch(launch, [&] {
-    const auto pe = static_cast<size_t>(device::block_index() / trial.ctas);
+    const auto gpu = static_cast<size_t>(emulator::gpu_index());
     for (size_t epoch = 0; epoch < arguments.size(); ++epoch) {
       if (epoch > 0) emulator::next_kernel();
-      cuda::run_kernel<Engine, Transport>(arguments[epoch][pe]);
+      cuda::run_kernel<Engine, Transport>(arguments[epoch][gpu]);
     }
   });
   for (size_t epoch = 0; epoch < problems.size(); ++epoch) {

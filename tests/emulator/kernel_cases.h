@@ -95,7 +95,7 @@ class KernelCases {
     return cases;
   }
 
-  // Those that depend on the order of events.
+  // Those that depend on the order of events, and one of many PEs.
   std::vector<Case> protocol(const Schedules& schedules) const {
     std::vector<Case> cases;
     const auto add = [&](const std::string& name, void (*run)(uint64_t)) {
@@ -106,6 +106,13 @@ class KernelCases {
     add("a PE never enters", absent_pe);
     add("a PE gives up", impatient_pe);
     add("PEs in different calls", other_call);
+    // The most that there may be, or that the emulator has threads for.
+    const int32_t most = Engine::kThreads > 384 ? 32 : cuda::kMaxPes;
+    cases.push_back(
+        {"kernel " + engine_ + ": " + std::to_string(most) + " PEs", [=](uint64_t seed) {
+           run_calls(layer(most, 3, 16, 24, 2 * most, 4, kGated), Routing::kDistinct, seed,
+                     {.ctas = 1});
+         }});
     return cases;
   }
 
@@ -244,7 +251,7 @@ class KernelCases {
         {.ctas = 2,
          .deadline = kShortDeadline,
          .edit = [&](cuda::KernelArguments& arguments, size_t, int32_t pe) {
-           arguments.pes[pe].absent = pe == absent;
+           arguments.pes[0].absent = pe == absent;
          }});
     for (int32_t pe = 0; pe < kPes; ++pe) {
       const std::string& failure = result.failures[static_cast<size_t>(pe)];
