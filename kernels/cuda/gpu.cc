@@ -31,19 +31,29 @@ const KernelVariant& choose_variant(const CallSizes& sizes, const Gpu& gpu) {
                                 ", for which this package has no kernel of that element type; "
                                 "the least is 8.0");
   }
+  const auto shared_bytes = static_cast<int32_t>(variant->shared_bytes);
+  if (shared_bytes > gpu.shared_bytes) {
+    const auto kib = [](int32_t bytes) { return std::to_string(bytes / 1024) + " KiB"; };
+    throw std::invalid_argument("the kernel needs " + kib(shared_bytes) +
+                                " of shared memory, and GPU " + std::to_string(gpu.ordinal) +
+                                ", of compute capability " + std::to_string(gpu.major) + "." +
+                                std::to_string(gpu.minor) + ", has " + kib(gpu.shared_bytes) +
+                                " for a thread block. Use implementation=\"xla\"");
+  }
   return *variant;
 }
 
 }  // namespace
 
 Gpu gpu_properties(int32_t ordinal) {
-  Gpu gpu{.ordinal = ordinal, .major = 0, .minor = 0, .multiprocessors = 0};
+  Gpu gpu{.ordinal = ordinal, .major = 0, .minor = 0, .multiprocessors = 0, .shared_bytes = 0};
   const auto get = [&](cudaDeviceAttr attribute, int32_t* value) {
     check_cuda(cudaDeviceGetAttribute(value, attribute, ordinal), "cudaDeviceGetAttribute");
   };
   get(cudaDevAttrComputeCapabilityMajor, &gpu.major);
   get(cudaDevAttrComputeCapabilityMinor, &gpu.minor);
   get(cudaDevAttrMultiProcessorCount, &gpu.multiprocessors);
+  get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &gpu.shared_bytes);
   return gpu;
 }
 

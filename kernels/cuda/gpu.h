@@ -12,13 +12,14 @@ struct Gpu {
   int32_t ordinal;
   int32_t major, minor;  // compute capability
   int32_t multiprocessors;
+  int32_t shared_bytes;  // that a CTA may have
 };
 
 // Of the CUDA device, by its ordinal.
 Gpu gpu_properties(int32_t ordinal);
 
 // For a GPU that runs `pes_per_gpu` of the PEs. Throws std::invalid_argument for sizes that the
-// kernel does not take and for a GPU that none was compiled for.
+// kernel does not take, and for a GPU for which none was compiled or which is too small for it.
 Configuration configure(const CallSizes& sizes, const Gpu& gpu, int32_t pes_per_gpu);
 
 // Loads the kernel and lets it use its shared memory, so that no launch has to: loading waits for
