@@ -205,7 +205,8 @@ class Copies:
             objects[command[output]] = compiled
             command = [part.replace(str(ROOT), str(sources)) for part in command]
             command[output] = compiled
-            subprocess.run(command, check=True)
+            # A copy runs for seconds: what takes time is its compilation.
+            subprocess.run([*command, "-O1"], check=True)
         if not objects:
             raise SystemExit(f"{self.build} has no {test}: run `make emulator-build` first")
         link = subprocess.run(
