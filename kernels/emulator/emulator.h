@@ -20,8 +20,9 @@
 //   accelerator and a wgmma are not a part of the thread that issues them: they have an identity of
 //   their own, which others come to know by the wait for them.
 // * A put_signal has an identity that nobody knows until its signal is updated, then one of the
-//   signal, which whoever acquires that comes to know. So it is found whenever its bytes could be
-//   seen too early, its source be changed too early, or another put's signal be taken for its own.
+//   signal, which whoever calls acquire_puts of that comes to know; an ordinary acquire does not
+//   do. So it is found whenever its bytes could be seen too early, its source be changed too early,
+//   or another put's signal be taken for its own.
 // * A thread has two clocks: what it has seen, and what of that is visible to the async proxy.
 //   fence_proxy_async makes the second equal to the first. What tma_load and wgmma read must be in
 //   the second.
