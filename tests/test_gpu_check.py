@@ -9,9 +9,11 @@ import pytest
 from test_tools import load
 
 
-@pytest.fixture(scope="module")
-def check() -> ModuleType:
-    return load("gpu_check")
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = load("gpu_check")
+    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    return module
 
 
 def program(text: str) -> tuple[str, ...]:
@@ -34,6 +36,12 @@ GOOD = "print('passed 0.1 s  one'); print('passed two')"
         (GOOD + "; import os; os.abort()", "failed", "it ended with status -6"),
         ("print('nothing of note')", "failed", "it has checked nothing"),
         (GOOD + "; import time; time.sleep(60)", "failed", "it took more than 2 s"),
+        # It waits for another one, which has its output too.
+        (
+            GOOD + "; import subprocess; subprocess.run(['sleep', '60'])",
+            "failed",
+            "it took more than 2 s",
+        ),
     ],
 )
 def test_a_program_of_checks(
@@ -150,6 +158,11 @@ def test_the_report(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path
     }
     assert str(check.ROOT) not in file.read_text()
     assert sys.executable not in file.read_text()
+
+    # What was found stays if the next step never ends; and all that a step printed is kept.
+    look = f"print('passed', 'steps passed\": 1' in open({str(file)!r}).read())"
+    status, report = run_main(check, monkeypatch, file, GOOD, look)
+    assert (tmp_path / "logs" / "step-1.log").read_text() == "passed True\n"
 
     status, report = run_main(check, monkeypatch, file, GOOD, "print('FAILED it')")
     assert status == 1

@@ -1,11 +1,12 @@
 """Checks the CUDA kernel on this machine's GPU, and measures it. Needs no network.
 
-usage: python tools/gpu_check.py [--only PART ...] [--wheels FOLDER] [--output FILE]
+usage: python tools/gpu_check.py [--only PART ...] [--wheels FOLDER] [--output FILE] [--limit S]
 
 Builds the package and the programs of tests/gpu into build/gpu with this interpreter, whose
 environment must have jax for CUDA, cmake, ninja, nanobind and pytest; --wheels adds those of a
-folder. Everything found goes into one JSON file, named after the card. Exit status: 0 if nothing
-failed, 1 if something did, 2 if nothing could be checked.
+folder. Everything found goes into one JSON file, named after the card and written anew after each
+step, and what each step printed into build/gpu/logs. Exit status: 0 if nothing failed, 1 if
+something did, 2 if nothing could be checked.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 PACKAGES = BUILD / "packages"
 PROGRAMS = BUILD / "tests" / "gpu"
+LOGS = BUILD / "logs"
 RESULTS = ROOT / "benchmarks" / "results"
 _LISTED = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "nvidia-nvshmem-cu13")
 _LAST_LINES = 30
@@ -181,24 +184,36 @@ def run(step: Step, show: Callable[[Findings, float], None]) -> Outcome:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        process_group=0,
     )
     late = threading.Event()
 
+    def kill() -> None:
+        # Those that it has started too: its output ends only with them.
+        os.killpg(process.pid, signal.SIGKILL)
+
     def stop() -> None:
         late.set()
-        process.kill()
+        kill()
 
     timer = threading.Timer(step.timeout, stop)
     timer.start()
     output = []
     assert process.stdout is not None
-    for line in process.stdout:
-        output.append(line)
-        show(lines("".join(output)), time.monotonic() - begin)
-    status = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            output.append(line)
+            show(lines("".join(output)), time.monotonic() - begin)
+        status = process.wait()
+    except KeyboardInterrupt:
+        kill()
+        raise
+    finally:
+        timer.cancel()
     seconds = time.monotonic() - begin
     text = "".join(output)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    (LOGS / (re.sub(r"\W+", "-", step.name) + ".log")).write_text(text)
     try:
         findings = step.read(text)
     except (ValueError, xml.etree.ElementTree.ParseError) as error:
@@ -219,6 +234,8 @@ def environment() -> dict[str, str]:
     path = [str(SITE), str(PACKAGES), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        # cmake and ninja of this interpreter's environment rather than of the system.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
         "PYTHONUNBUFFERED": "1",
         # Leaves room for symmetric heaps.
@@ -368,8 +385,15 @@ class Progress:
         sys.stdout.flush()
 
 
-def run_all(first: Sequence[Step], then: Sequence[Step]) -> list[Outcome]:
-    """Runs all steps; if one of the first fails, those after it do not run, and count as failed."""
+def run_all(
+    first: Sequence[Step],
+    then: Sequence[Step],
+    report: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+) -> list[Outcome]:
+    """Runs all steps; if one of the first fails, those after it do not run, and count as failed.
+
+    `report` is given all outcomes so far after each step.
+    """
     progress = Progress(len(first) + len(then))
     outcomes: list[Outcome] = []
     blocked = None
@@ -382,6 +406,7 @@ def run_all(first: Sequence[Step], then: Sequence[Step]) -> list[Outcome]:
             outcome = Outcome(step.name, "failed", 0.0, reason, " ".join(step.command))
         progress.end(outcome)
         outcomes.append(outcome)
+        report(outcomes)
         if step in first and outcome.status == "failed":
             blocked = blocked or step.name
     return outcomes
@@ -429,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="of steps' names")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="packages to be used too")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON report")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds that a step may take")
     parser.add_argument("--build", action="store_true", help="only build")
     options = parser.parse_args(arguments)
     if options.build:
@@ -444,11 +470,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"No step has such a name; they are: {', '.join(step.name for step in steps)}")
         return 2
-    outcomes = run_all(build_steps(options.wheels), chosen)
+    if options.limit is not None:
+        chosen = [dataclasses.replace(step, timeout=options.limit) for step in chosen]
+    left_out = [step.name for step in steps if step.name not in {one.name for one in chosen}]
     slug = re.sub(r"\W+", "-", machine.card.lower()).strip("-")
     today = datetime.date.today().isoformat()
     file = options.output or RESULTS / f"gpu-check-{slug}-{today}.json"
-    write(file, machine, outcomes, [step.name for step in steps if step not in chosen])
+    outcomes = run_all(
+        build_steps(options.wheels),
+        chosen,
+        lambda outcomes: write(file, machine, outcomes, left_out),
+    )
     counts = summary(outcomes)
     print(", ".join(f"{count} {name}" for name, count in counts.items()), f"-> {file}")
     return 1 if counts["steps failed"] else 0
