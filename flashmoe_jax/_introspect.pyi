@@ -66,6 +66,7 @@ class Plan:
         first_columns: int,
         second_columns: int,
         weight_tiles: int,
+        lag: int,
         start: int,
         stop: int,
     ) -> NDArray[np.void]: ...

@@ -318,6 +318,7 @@ def tile_order(
     first_columns: int,
     second_columns: int,
     weight_tiles: int = 0,
+    lag: int = 1,
     start: int = 0,
     stop: int | None = None,
 ) -> NDArray[np.void]:
@@ -329,6 +330,8 @@ def tile_order(
         first_columns: First-stage tiles of a row block.
         second_columns: Second-stage tiles of a row block.
         weight_tiles: Weight-gradient tiles of an expert; 0 in a forward pass.
+        lag: An expert's second stage comes after the first stage of the expert that is so many
+            further on.
         start: First ticket.
         stop: One past the last ticket; None: the number of tiles.
 
@@ -345,10 +348,11 @@ def tile_order(
         "weight_tiles": weight_tiles,
     }
     size = num_tiles(plan, pe, **columns)
+    _require_int("lag", lag, 1, _MAX_TILES)
     _require_int("start", start, 0, size)
     stop = size if stop is None else stop
     _require_int("stop", stop, start, size)
-    return plan._core.tiles(pe, **columns, start=start, stop=stop)
+    return plan._core.tiles(pe, **columns, lag=lag, start=start, stop=stop)
 
 
 def dispatch_order(shape: Shape) -> NDArray[np.void]:

@@ -105,12 +105,13 @@ class OwnedPlan {
 
   int64_t num_tiles(int32_t pe, int32_t first_columns, int32_t second_columns,
                     int32_t weight_tiles) const {
-    return core::TileOrder{&plan_, pe, first_columns, second_columns, weight_tiles}.size();
+    return core::TileOrder{&plan_, pe, first_columns, second_columns, weight_tiles, 1}.size();
   }
 
   py::array_t<core::Tile> tiles(int32_t pe, int32_t first_columns, int32_t second_columns,
-                                int32_t weight_tiles, int64_t start, int64_t stop) const {
-    const core::TileOrder order{&plan_, pe, first_columns, second_columns, weight_tiles};
+                                int32_t weight_tiles, int32_t lag, int64_t start,
+                                int64_t stop) const {
+    const core::TileOrder order{&plan_, pe, first_columns, second_columns, weight_tiles, lag};
     py::array_t<core::Tile> tiles(static_cast<py::ssize_t>(stop - start));
     core::Tile* out = tiles.mutable_data();
     for (int64_t ticket = start; ticket < stop; ++ticket) *out++ = order.at(ticket);
@@ -189,7 +190,8 @@ void bind_plan(py::module_& m) {
       .def("num_tiles", &OwnedPlan::num_tiles, py::arg("pe"), py::kw_only(),
            py::arg("first_columns"), py::arg("second_columns"), py::arg("weight_tiles"))
       .def("tiles", &OwnedPlan::tiles, py::arg("pe"), py::kw_only(), py::arg("first_columns"),
-           py::arg("second_columns"), py::arg("weight_tiles"), py::arg("start"), py::arg("stop"));
+           py::arg("second_columns"), py::arg("weight_tiles"), py::arg("lag"), py::arg("start"),
+           py::arg("stop"));
 
   PYBIND11_NUMPY_DTYPE(core::DispatchStep, pe, expert);
   m.def("dispatch_order", &dispatch_order, py::arg("shape"));

@@ -3,8 +3,8 @@
 // Tiles come in two stages. A first-stage tile (up-projection; in backward the gradient of the
 // pre-activations) needs only the rows of its row block. A second-stage tile (down-projection; in
 // backward the gradient of the rows, and the weight gradients of the expert) needs all first-stage
-// tiles of its row block or expert. Expert e's second stage follows the first stage of e + 1, so
-// that those who take it rarely have to wait:
+// tiles of its row block or expert. Expert e's second stage follows the first stage of e + lag, so
+// that those who take it rarely have to wait; with a lag of 1:
 //
 //     first(0) first(1) second(0) first(2) second(1) ... first(n-1) second(n-2) second(n-1)
 //
@@ -35,6 +35,7 @@ struct TileOrder {
   int32_t first_columns;   // first-stage tiles of a row block
   int32_t second_columns;  // second-stage tiles of a row block
   int32_t weight_tiles;    // weight-gradient tiles of an expert, also of one without rows
+  int32_t lag;             // at least 1
 
   // Row blocks of local experts before `local`.
   FLASHMOE_HOST_DEVICE int64_t blocks_before(int32_t local) const {
@@ -49,9 +50,10 @@ struct TileOrder {
   FLASHMOE_HOST_DEVICE int64_t second_before(int32_t local) const {
     return blocks_before(local) * second_columns + int64_t{local} * weight_tiles;
   }
-  // Ticket of the first tile of first(local): after first(< local) and second(< local - 1).
-  FLASHMOE_HOST_DEVICE int64_t first_ticket(int32_t local) const {
-    return first_before(local) + second_before(local > 0 ? local - 1 : 0);
+  // Ticket of the first tile of first(i), or of second(i - lag) once there are no more experts.
+  FLASHMOE_HOST_DEVICE int64_t turn_ticket(int32_t i) const {
+    const int32_t n = plan->shape.local_experts();
+    return first_before(i < n ? i : n) + second_before(i > lag ? i - lag : 0);
   }
   FLASHMOE_HOST_DEVICE int64_t size() const {
     const int32_t n = plan->shape.local_experts();
@@ -61,23 +63,17 @@ struct TileOrder {
   // The tile of a ticket, 0 <= ticket < size().
   FLASHMOE_HOST_DEVICE Tile at(int64_t ticket) const {
     const int32_t n = plan->shape.local_experts();
-    int32_t low = 0;  // the last local expert whose first stage starts at or before the ticket
-    for (int32_t high = n; high - low > 1;) {
+    // In turn i there are the tiles of first(i), then of second(i - lag), where there are such.
+    int32_t low = 0;  // the last turn that starts at or before the ticket
+    for (int32_t high = n + lag; high - low > 1;) {
       const int32_t middle = low + (high - low) / 2;
-      (first_ticket(middle) <= ticket ? low : high) = middle;
+      (turn_ticket(middle) <= ticket ? low : high) = middle;
     }
-    int64_t i = ticket - first_ticket(low);
-    const int64_t firsts = first_before(low + 1) - first_before(low);
+    int64_t i = ticket - turn_ticket(low);
+    const int64_t firsts = low < n ? first_before(low + 1) - first_before(low) : 0;
     if (i < firsts) return in_blocks(TileKind::kFirst, low, i);
     i -= firsts;
-    int32_t local = low > 0 ? low - 1 : 0;
-    if (low > 0) {  // the last expert's first stage is followed by two second stages
-      const int64_t seconds = second_before(low) - second_before(low - 1);
-      if (i >= seconds) {
-        i -= seconds;
-        local = low;
-      }
-    }
+    const int32_t local = low - lag;
     const int64_t rows = (blocks_before(local + 1) - blocks_before(local)) * second_columns;
     if (i < rows) return in_blocks(TileKind::kSecond, local, i);
     const int32_t expert = pe * n + local;

@@ -186,11 +186,12 @@ def tile_stages(
     first_columns: int,
     second_columns: int,
     weight_tiles: int,
+    lag: int = 1,
 ) -> list[Stage]:
     """The stages of a PE whose experts are (global index, first block, blocks), in ticket order.
 
-    first(0) first(1) second(0) first(2) second(1) ... first(n-1) second(n-2) second(n-1), where a
-    second stage ends with the expert's weight gradients.
+    With a lag of 1: first(0) first(1) second(0) first(2) second(1) ... first(n-1) second(n-2)
+    second(n-1), where a second stage ends with the expert's weight gradients.
     """
 
     def first(expert: tuple[int, int, int]) -> list[Stage]:
@@ -202,10 +203,11 @@ def tile_stages(
             Stage(WEIGHTS, expert[0], -1, 1, weight_tiles),
         ]
 
-    stages = first(experts[0])
-    for before, after in itertools.pairwise(experts):
-        stages += first(after) + second(before)
-    return stages + second(experts[-1])
+    stages: list[Stage] = []
+    for after, before in itertools.zip_longest(experts, [None] * lag + list(experts)):
+        stages += first(after) if after else []
+        stages += second(before) if before else []
+    return stages
 
 
 def all_tiles(stages: Sequence[Stage]) -> Iterator[Tile]:

@@ -146,6 +146,7 @@ def test_bad_tiles(function: Callable[..., object], changes: dict[str, int], mes
         ({"start": -1}, "start=-1 must be an int in 0..4"),
         ({"start": 5}, "start=5 must be an int in 0..4"),
         ({"stop": 5}, "stop=5 must be an int in 0..4"),
+        ({"lag": 0}, "lag=0 must be an int in 1.."),
         ({"start": 3, "stop": 2}, "stop=2 must be an int in 3..4"),
     ],
 )

@@ -16,6 +16,7 @@ from . import oracle
 from .cases import Case, cases
 from .oracle import FIRST, SECOND, WEIGHTS, Tile
 
+lags = st.integers(1, 5)
 columns = st.fixed_dictionaries(
     {
         "first_columns": st.integers(1, 3),
@@ -33,7 +34,7 @@ def tiles_of(plan: introspect.Plan, pe: int, **arguments: int) -> list[Tile]:
     ]
 
 
-def stages_of(plan: introspect.Plan, pe: int, **columns: int) -> list[oracle.Stage]:
+def stages_of(plan: introspect.Plan, pe: int, **arguments: int) -> list[oracle.Stage]:
     """The oracle's stages of a PE, from the row blocks in use."""
     local = plan.shape.local_experts
     blocks = plan.row_blocks[plan.row_blocks["pe"] == pe]
@@ -42,15 +43,15 @@ def stages_of(plan: introspect.Plan, pe: int, **columns: int) -> list[oracle.Sta
         count = int((blocks["expert"] == expert).sum())
         experts.append((expert, next_block, count))
         next_block += count
-    return oracle.tile_stages(experts, **columns)
+    return oracle.tile_stages(experts, **arguments)
 
 
-@given(cases(), columns)
-def test_order_is_that_of_the_oracle(case: Case, columns: dict[str, int]) -> None:
+@given(cases(), columns, lags)
+def test_order_is_that_of_the_oracle(case: Case, columns: dict[str, int], lag: int) -> None:
     plan = case.plan()
     for pe in range(case.num_pes):
-        tiles = tiles_of(plan, pe, **columns)
-        assert tiles == list(oracle.all_tiles(stages_of(plan, pe, **columns)))
+        tiles = tiles_of(plan, pe, **columns, lag=lag)
+        assert tiles == list(oracle.all_tiles(stages_of(plan, pe, **columns, lag=lag)))
         assert len(tiles) == introspect.num_tiles(plan, pe, **columns)
 
 
@@ -126,11 +127,11 @@ def run_workers(tiles: Sequence[Tile], workers: int, rng: random.Random) -> None
             waiting_for[other] -= needs(other, tile)
 
 
-@given(cases(), columns)
-def test_a_tile_needs_lower_tickets_only(case: Case, columns: dict[str, int]) -> None:
+@given(cases(), columns, lags)
+def test_a_tile_needs_lower_tickets_only(case: Case, columns: dict[str, int], lag: int) -> None:
     plan = case.plan()
     for pe in range(case.num_pes):
-        check_tickets(tiles_of(plan, pe, **columns))
+        check_tickets(tiles_of(plan, pe, **columns, lag=lag))
 
 
 @pytest.mark.parametrize("workers", range(1, 9))
@@ -156,6 +157,7 @@ def test_any_number_of_workers_ends(workers: int) -> None:
             first_columns=rng.randint(1, 3),
             second_columns=rng.randint(1, 3),
             weight_tiles=rng.randint(0, 2),
+            lag=rng.randint(1, local + 1),
         )
         run_workers(tiles, workers, rng)
 
