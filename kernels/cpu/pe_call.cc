@@ -51,8 +51,8 @@ void PeCall::begin(WorkerState& worker, Arena& arena) {
     span.ready();
     exchange_.plan(shape_.hidden_tiles());
   }
-  order_ = core::TileOrder{&exchange_.current_plan(), exchange_.me(), counts.first, counts.second,
-                           counts.weights, 1};
+  order_ = core::TileOrder{
+      &exchange_.current_plan(), exchange_.me(), counts.first, counts.second, counts.weights, 1};
   const int64_t blocks = order_.blocks_before(shape_.local_experts());
   first_tiles_done_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
   prepare(arena, blocks * shape_.block_rows);

@@ -14,6 +14,19 @@ namespace flashmoe::cuda {
 inline constexpr int kMaxExperts = 512;
 inline constexpr int kMaxCommWarps = 4;
 
+// A CTA's copy of those parts of the plan that are looked up most.
+struct PlanShared {
+  int32_t kept[kMaxExperts];
+  int32_t first_row[kMaxExperts];
+
+  // The same plan, which reads them here.
+  FLASHMOE_DEVICE core::Plan in_shared(core::Plan plan) {
+    plan.kept = kept;
+    plan.first_row = first_row;
+    return plan;
+  }
+};
+
 // What the communication warps of a CTA share.
 struct CommShared {
   int32_t count[kMaxExperts];   // rows of each expert: of this CTA, later of the whole PE
@@ -30,6 +43,7 @@ struct CommGroup {
 
   const Context& context;
   CommShared& shared;
+  PlanShared& plan_shared;
   int32_t thread;  // 0 to kThreads - 1
 
   FLASHMOE_DEVICE int32_t warp() const { return thread / device::kWarpSize; }
@@ -50,6 +64,8 @@ struct CommGroup {
     const int32_t token = first_token() + tokens_per_cta();
     return token < context.shape().tokens ? token : context.shape().tokens;
   }
+
+  FLASHMOE_DEVICE core::Plan plan() const { return plan_shared.in_shared(context.plan()); }
 
   FLASHMOE_DEVICE void sync() const { device::barrier_sync(device::Barrier::kComm, kThreads); }
 

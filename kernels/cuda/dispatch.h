@@ -18,7 +18,7 @@ template <typename Transport, int kWarps>
 FLASHMOE_DEVICE void dispatch(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const core::Shape& shape = context.shape();
-  const core::Plan plan = context.plan();
+  const core::Plan plan = group.plan();
   const int32_t* send = context.workspace<int32_t>(context.arguments.workspace.send);
   const int32_t* position = context.workspace<int32_t>(context.arguments.workspace.position);
   const int64_t row_bytes = context.arguments.heap.recv.stride;

@@ -57,6 +57,12 @@ struct MathRole {
     return device::warp_index() - Engine::kCommWarps - Engine::kProducerWarps;
   }
 
+  // Whether this lane stands for a row of the tile in the fragment that begins at `first_row`.
+  FLASHMOE_DEVICE static bool has_row(const TileWork& tile, int first_row) {
+    const int lane = device::lane_index();
+    return lane < Staging<Engine>::kRows && first_row + lane < tile.rows;
+  }
+
   // The bias of a column pair, or zeros: a row of a [El][width] tensor.
   FLASHMOE_DEVICE static void add_bias(const void* bias, const TileWork& tile, int32_t column,
                                        int32_t width, float (&pair)[2]) {
@@ -75,8 +81,8 @@ struct MathRole {
         Pair{{device::from_float<Element>(first), device::from_float<Element>(second)}};
   }
 
-  // Writes the staged rows, columns from `column` on of a tensor `width` wide; `target(row)` is the
-  // start of a row of the tile. Rows from tile.rows on are nobody's.
+  // Writes the staged rows, columns from `column` on of a tensor `width` wide; `target(i)` is the
+  // start of staged row i, asked by all lanes together. Rows from tile.rows on are nobody's.
   template <typename Target>
   FLASHMOE_DEVICE void write_staged(int warp, const TileWork& tile, int32_t first_row,
                                     int32_t column, int32_t width, const Target& target) const {
@@ -88,8 +94,9 @@ struct MathRole {
 #pragma unroll
     for (int r = 0; r < Staging<Engine>::kRows; r += kRowsAtOnce) {
       const int row = r + lane / kVectorsOfRow;
+      Element* const start = target(row % Staging<Engine>::kRows);
       if (row < Staging<Engine>::kRows && first_row + row < tile.rows && column + offset < width) {
-        *reinterpret_cast<Vector*>(target(first_row + row) + column + offset) =
+        *reinterpret_cast<Vector*>(start + column + offset) =
             *reinterpret_cast<const Vector*>(&staging[warp].rows[row][offset]);
       }
     }
@@ -102,13 +109,14 @@ struct MathRole {
     const int32_t width = context.shape().intermediate;
     Element* activated = context.workspace<Element>(context.arguments.workspace.activated) +
                          int64_t{tile.block} * Engine::kBlockRows * width;
-    const auto target = [&](int32_t row) { return activated + int64_t{row} * width; };
     const int warp = math_warp();
     const int lane = device::lane_index();
     const bool gated = tiles.gated();
     const int32_t begin = tile.column * tiles.first_stage_columns();
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
+      const int first_row = Engine::first_row(warp, m);
+      const auto target = [&](int row) { return activated + int64_t{first_row + row} * width; };
 #pragma unroll
       for (int c = 0; c < Engine::kWarpChunks; ++c) {
         if (gated && c % 2 != 0) continue;  // done with its gate
@@ -137,7 +145,7 @@ struct MathRole {
             stage(warp, lane / 4 + 8 * half, in_chunk, pair[0], pair[1]);
           }
         }
-        write_staged(warp, tile, Engine::first_row(warp, m), column, width, target);
+        write_staged(warp, tile, first_row, column, width, target);
       }
     }
     // What this warp wrote comes before its signal.
@@ -152,20 +160,24 @@ struct MathRole {
                                      const typename Engine::Accumulators& sums) const {
     const Context& context = tiles.context;
     const int32_t width = context.shape().hidden;
+    const int32_t block_row = tile.block * Engine::kBlockRows;
     const core::Origin* origins =
-        context.heap<core::Origin>(context.rank, context.arguments.heap.origin) +
-        int64_t{tile.block} * Engine::kBlockRows;
-    const auto target = [&](int32_t row) {
-      const core::Origin origin = origins[row];
-      return reinterpret_cast<Element*>(
-          Transport::result(context, origin, tile.block * Engine::kBlockRows + row));
-    };
+        context.heap<core::Origin>(context.rank, context.arguments.heap.origin) + block_row;
     const int warp = math_warp();
     const int lane = device::lane_index();
     const int32_t begin = tile.column * Engine::kColumns;
+    core::Origin origin[Engine::kRowFragments];  // in lane i: of row i of the fragment
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
       const int first_row = Engine::first_row(warp, m);
+      origin[m] = core::Origin{0, 0};
+      if (has_row(tile, first_row)) origin[m] = origins[first_row + lane];
+      const auto target = [&](int row) {
+        const core::Origin of_row{device::shuffle(origin[m].pe, row),
+                                  device::shuffle(origin[m].slot, row)};
+        return reinterpret_cast<Element*>(
+            Transport::result(context, of_row, block_row + first_row + row));
+      };
 #pragma unroll
       for (int c = 0; c < Engine::kWarpChunks; ++c) {
         const int32_t column =
@@ -186,20 +198,17 @@ struct MathRole {
     context.fence_before_signal();
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
-      const int32_t row = Engine::first_row(warp, m) + lane;
-      if (lane < 16 && row < tile.rows) {
-        const core::Origin origin = origins[row];
-        if (!Transport::reaches(context, origin.pe)) continue;
-        device::add_relaxed<device::Scope::kSystem>(
-            context.came_back(origin.pe, origin.slot / context.shape().experts_per_token),
-            uint64_t{1});
-      }
+      if (!has_row(tile, Engine::first_row(warp, m))) continue;
+      if (!Transport::reaches(context, origin[m].pe)) continue;
+      const int32_t token = origin[m].slot / context.shape().experts_per_token;
+      device::add_relaxed<device::Scope::kSystem>(context.came_back(origin[m].pe, token),
+                                                  uint64_t{1});
     }
     if constexpr (Transport::kNetwork) {
       static_assert(kRowsOfPart == 16);
 #pragma unroll
       for (int m = 0; m < Engine::kRowFragments; ++m) {
-        const int32_t row = tile.block * Engine::kBlockRows + Engine::first_row(warp, m);
+        const int32_t row = block_row + Engine::first_row(warp, m);
         if (lane == 0) {
           device::add_relaxed<device::Scope::kGpu>(
               Transport::second_done(context, row / kRowsOfPart), 1u);

@@ -1,8 +1,10 @@
 // The persistent kernel: one launch per epoch, one CTA per SM, roles per warp in every CTA.
 //
-//   communication warps   route, publish, plan, dispatch, and at the end combine
+//   communication warps   route, publish, plan, dispatch
 //   producer warps        take tiles, wait for what they need, load it
 //   math warps            multiply; activation; results put to where the tokens came from
+//
+// A warp that is done with its role combines.
 //
 // docs/kernel.md walks through it.
 #pragma once
@@ -39,6 +41,7 @@ struct KernelShared {
   typename Engine::Shared engine;
   Staging<Engine> staging[Engine::kMathWarps];
   CommShared comm;
+  PlanShared plan;
   TileRing ring;
   Place place;
   device::Mbarrier planned;  // the plan is made, or the PE has failed
@@ -54,6 +57,8 @@ struct Kernel {
 
   static constexpr int kFirstMathWarp = Engine::kCommWarps + Engine::kProducerWarps;
   static_assert(kFirstMathWarp % 4 == 0, "math warps are whole warpgroups");
+
+  static constexpr int kPieces = Tiles<Engine, Transport>::kPiecesOfRow;
 
   // Registers of a thread where they can be moved between warpgroups. The launch gives all threads
   // the same number; what the other roles do not need goes to the math warps. Functions of another
@@ -104,7 +109,7 @@ struct Kernel {
   }
 
   FLASHMOE_DEVICE Comm comm_group(const Context& context) const {
-    return Comm{context, shared.comm, device::thread_index()};
+    return Comm{context, shared.comm, shared.plan, device::thread_index()};
   }
 
   FLASHMOE_DEVICE void run_gate() const {
@@ -130,33 +135,43 @@ struct Kernel {
     if (warp >= kFirstMathWarp) {
       if constexpr (kMovesRegisters) device::take_registers<kMathRegisters>();
       MathRole<Engine, Transport>{tiles, shared.engine, shared.ring, shared.staging}.run();
+      if (shared.ok) combine_tokens(context);
     } else {
       if constexpr (kMovesRegisters) device::keep_registers<kOtherRegisters>();
+      bool ok = true;
       if (warp < Engine::kCommWarps) {
-        communicate(context);
+        ok = communicate(context);
       } else {
         device::mbarrier_wait(&shared.planned, 0);
-        TileProducer<Engine, Transport>{tiles, shared.engine, shared.ring}.run(
-            warp - Engine::kCommWarps, shared.ok);
+        ok = shared.ok;
+        TileProducer<Engine, Transport>{tiles, shared.engine, shared.ring, shared.plan}.run(
+            warp - Engine::kCommWarps, ok);
       }
+      if (ok) combine_tokens(context);
     }
   }
 
-  FLASHMOE_DEVICE void communicate(const Context& context) const {
+  // False if the PE has failed.
+  FLASHMOE_DEVICE bool communicate(const Context& context) const {
     const Comm group = comm_group(context);
     const bool ok = route_and_plan<Transport>(group);
     if (group.thread == 0) {
       if (!ok) shared.ok = false;
       device::mbarrier_arrive(&shared.planned);
     }
-    if (!ok) return;
+    if (!ok) return false;
     dispatch<Transport>(group);
-    constexpr int kPieces = Tiles<Engine, Transport>::kPiecesOfRow;
     if constexpr (Transport::kNetwork) {
       const auto pieces = static_cast<uint32_t>(context.shape().hidden_tiles()) * kPieces;
-      if (!Transport::put_results(group, pieces)) return;
+      return Transport::put_results(group, pieces);
     }
-    combine<Element, kPieces, Transport>(group);
+    return true;
+  }
+
+  FLASHMOE_DEVICE void combine_tokens(const Context& context) const {
+    const core::Plan plan = shared.plan.in_shared(context.plan());
+    combine<Element, kPieces, Transport>(context, plan, device::warp_index(),
+                                         Engine::kThreads / device::kWarpSize);
   }
 
   // The last CTA of the PE leaves everything as the next launch expects it.

@@ -49,9 +49,12 @@ FLASHMOE_DEVICE void rank_slots(const CommGroup<kWarps>& group) {
   const int32_t k = context.shape().experts_per_token;
   int32_t* position = context.workspace<int32_t>(context.arguments.workspace.position);
   const int32_t end = group.last_token() * k;
-  for (int32_t first = group.first_token() * k; first < end; first += device::kWarpSize) {
-    const int32_t slot = first + group.lane();
-    const int32_t expert = slot < end ? context.pe.indices[slot] : -1;
+  int32_t slot = group.first_token() * k + group.lane();
+  int32_t next = slot < end ? context.pe.indices[slot] : -1;
+  for (; device::any(slot < end); slot += device::kWarpSize) {
+    const int32_t expert = next;
+    // Read before it is needed.
+    next = slot + device::kWarpSize < end ? context.pe.indices[slot + device::kWarpSize] : -1;
     const uint32_t same = device::match_any(static_cast<uint32_t>(expert));
     const uint32_t lower = same & ((1u << group.lane()) - 1u);
     if (expert >= 0) {
@@ -75,6 +78,7 @@ FLASHMOE_DEVICE void add_up_ctas(const CommGroup<kWarps>& group) {
   const int32_t* counts = context.workspace<int32_t>(context.arguments.workspace.cta_counts);
   group.for_each(0, experts, [&](int32_t e) {
     int32_t before = 0, total = 0;
+#pragma unroll 16  // so many loads at once
     for (int32_t cta = 0; cta < context.arguments.ctas; ++cta) {
       if (cta == context.cta) before = total;
       total += counts[int64_t{cta} * experts + e];
@@ -176,13 +180,18 @@ template <int kWarps>
 FLASHMOE_DEVICE void make_plan(const CommGroup<kWarps>& group) {
   const Context& context = group.context;
   const core::Shape& shape = context.shape();
-  core::Plan plan = context.plan();
+  core::Plan plan = group.plan();
   group.for_each(0, shape.num_experts, [&](int32_t e) { core::add_up_rows(plan, e); });
   group.sync();
   core::choose_cap(plan);  // by every thread alike
   group.sync();            // kept is read above and written below
   group.for_each(0, shape.num_pes, [&](int32_t pe) { core::place_experts(plan, pe); });
   group.sync();
+  const core::Plan published = context.plan();
+  group.for_each(0, shape.num_experts, [&](int32_t e) {
+    published.kept[e] = plan.kept[e];
+    published.first_row[e] = plan.first_row[e];
+  });
   if (group.warp() == 0) {
     int32_t dropped = 0;
     for (int32_t e = group.lane(); e < shape.num_experts; e += device::kWarpSize) {
@@ -223,7 +232,14 @@ FLASHMOE_DEVICE bool route_and_plan(const CommGroup<kWarps>& group) {
     ok = group.all_ok(internal::collect_counts<Transport>(group));
     if (ok) internal::make_plan(group);
   }
-  return group.pe_barrier(2, ok);
+  if (!group.pe_barrier(2, ok)) return false;
+  const core::Plan published = context.plan();
+  group.for_each(0, experts, [&](int32_t e) {
+    group.plan_shared.kept[e] = published.kept[e];
+    group.plan_shared.first_row[e] = published.first_row[e];
+  });
+  group.sync();
+  return true;
 }
 
 }  // namespace flashmoe::cuda

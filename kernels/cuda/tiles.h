@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/core/tile_order.h"
+#include "kernels/cuda/comm_group.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/pipeline.h"
 #include "kernels/cuda/product.h"
@@ -116,6 +117,7 @@ struct TileProducer {
   Tiles<Engine, Transport> tiles;
   typename Engine::Shared& shared;
   TileRing& ring;
+  PlanShared& plan_shared;
 
   // The first warp decides, the others follow it through the ring as the math warps do. Without a
   // plan there are no tiles.
@@ -128,13 +130,23 @@ struct TileProducer {
   }
 
  private:
-  FLASHMOE_DEVICE int64_t take_ticket() const {
-    uint64_t ticket = 0;
-    if (device::lane_index() == 0) {
-      ticket = device::fetch_add_relaxed<device::Scope::kGpu>(&tiles.context.control()->ticket,
-                                                              uint64_t{1});
-    }
+  // In lane 0.
+  FLASHMOE_DEVICE uint64_t take_ticket() const {
+    if (device::lane_index() != 0) return 0;
+    return device::fetch_add_relaxed<device::Scope::kGpu>(&tiles.context.control()->ticket,
+                                                          uint64_t{1});
+  }
+  FLASHMOE_DEVICE static int64_t of_all_lanes(uint64_t ticket) {
     return device::shuffle(static_cast<int64_t>(ticket), 0);
+  }
+
+  // Between the first stage of an expert and its second there are on average so many tiles that
+  // each CTA has had one or two: by then the first stage is rarely unfinished.
+  FLASHMOE_DEVICE int32_t lag(int64_t num_tiles) const {
+    const int64_t experts = tiles.context.shape().local_experts();
+    const int64_t wanted = core::ceil_div(2 * tiles.context.arguments.ctas * experts,
+                                          num_tiles > 0 ? num_tiles : int64_t{1});
+    return static_cast<int32_t>(wanted < 1 ? 1 : (wanted < experts ? wanted : experts));
   }
 
   FLASHMOE_DEVICE void announce(const TileWork& tile, PipelinePosition<kTilesAhead>& place) const {
@@ -151,20 +163,20 @@ struct TileProducer {
 
   FLASHMOE_DEVICE void lead(bool has_plan) const {
     const Context& context = tiles.context;
-    const core::Plan plan = context.plan();
-    const core::TileOrder order{
+    const core::Plan plan = plan_shared.in_shared(context.plan());
+    core::TileOrder order{
         .plan = &plan,
         .pe = context.rank,
         .first_columns = tiles.first_stage_tiles(),
         .second_columns = context.shape().hidden_tiles(),
         .weight_tiles = 0,
+        .lag = 1,
     };
+    if (has_plan) order.lag = lag(order.size());
     typename Engine::Producer producer;
     PipelinePosition<kTilesAhead> place;
     const int64_t count = has_plan ? order.size() : 0;
-    // The next ticket is taken before this tile is loaded, so that its answer is there when it is
-    // needed. It is still true that whoever works on the lowest unfinished ticket can go on.
-    for (int64_t ticket = take_ticket(); ticket < count;) {
+    for (int64_t ticket = of_all_lanes(take_ticket()); ticket < count;) {
       const core::Tile at = order.at(ticket);
       TileWork tile{at.kind, at.expert - context.rank * context.shape().local_experts(), at.block,
                     at.column,
@@ -172,9 +184,12 @@ struct TileProducer {
       if (!device::all(device::lane_index() != 0 || tiles.wait_for_operands(tile))) break;
       device::warp_sync();
       device::fence_proxy_async();
-      ticket = take_ticket();
+      // The next ticket is taken before this tile is loaded, so that its answer is there when it is
+      // needed. It is still true that whoever works on the lowest unfinished ticket can go on.
+      const uint64_t next = take_ticket();
       announce(tile, place);
       producer.load(shared, tiles.product(tile));
+      ticket = of_all_lanes(next);
     }
     announce(TileWork{}, place);
   }

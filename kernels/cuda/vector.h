@@ -28,7 +28,7 @@ FLASHMOE_DEVICE int64_t vectors(int64_t bytes) { return bytes / int64_t{sizeof(V
 // the first store.
 FLASHMOE_DEVICE void copy_by_warp(std::byte* to, const std::byte* from, int64_t bytes,
                                   int32_t lane) {
-  constexpr int kInFlight = 4;
+  constexpr int kInFlight = 8;
   const Vector* source = reinterpret_cast<const Vector*>(from);
   Vector* target = reinterpret_cast<Vector*>(to);
   const int64_t count = vectors(bytes);

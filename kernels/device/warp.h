@@ -69,6 +69,15 @@ FLASHMOE_DEVICE int count_bits(uint32_t bits) {
 #endif
 }
 
+// Position of the lowest set bit of a non-zero word.
+FLASHMOE_DEVICE int lowest_bit(uint32_t bits) {
+#if FLASHMOE_EMULATED
+  return std::countr_zero(bits);
+#else
+  return __ffs(static_cast<int>(bits)) - 1;
+#endif
+}
+
 // Position of the highest set bit of a non-zero word.
 FLASHMOE_DEVICE int highest_bit(uint32_t bits) {
 #if FLASHMOE_EMULATED
