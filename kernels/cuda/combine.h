@@ -14,7 +14,7 @@ namespace flashmoe::cuda {
 namespace internal {
 
 // Rows of a token that are on their way to a thread at once.
-inline constexpr int kRowsInFlight = 8;
+inline constexpr int kRowsInFlight = 4;
 
 // y = sum of weight[j] * row[j] over the slots j in the mask. weight is lane j's.
 template <typename Element>
@@ -25,14 +25,14 @@ FLASHMOE_DEVICE void weighted_sum(Element* y, const Element* returned, uint32_t 
     const int32_t column = first + lane * kWidth;
     float sum[kWidth] = {};
     for (uint32_t left = mask; left != 0;) {
-      Elements<Element> rows[kRowsInFlight] = {};
+      Elements<Element> rows[kRowsInFlight];
       uint32_t slots = left;
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        if (left != 0 && column < hidden) {
-          rows[i] = *reinterpret_cast<const Elements<Element>*>(
-              returned + int64_t{device::lowest_bit(left)} * hidden + column);
-        }
+        const bool has_part = left != 0 && column < hidden;
+        const auto* part = reinterpret_cast<const Elements<Element>*>(
+            returned + int64_t{has_part ? device::lowest_bit(left) : 0} * hidden + column);
+        rows[i] = has_part ? *part : Elements<Element>{};
         left &= left - 1;
       }
 #pragma unroll

@@ -14,6 +14,7 @@
 #include "kernels/device/identity.h"
 #include "kernels/device/mbarrier.h"
 #include "kernels/device/tma.h"
+#include "kernels/device/warp.h"
 #include "kernels/device/wgmma.h"
 
 namespace flashmoe::cuda {
@@ -84,7 +85,7 @@ struct Sm90Engine {
     // Loads what Consumer::multiply takes for the same product. By all lanes of the producer warp.
     FLASHMOE_DEVICE void load(Shared& shared, const Product& product) {
       for (int depth = 0; depth < product.depth; depth += kStageDepth) {
-        if (device::lane_index() == 0) load_stage(shared, product, depth);
+        if (device::elect()) load_stage(shared, product, depth);
         position.advance();
       }
       device::warp_sync();

@@ -64,8 +64,8 @@ struct Kernel {
   // the same number; what the other roles do not need goes to the math warps. Functions of another
   // library may need more than is left to their callers, so it is not done with those of NVSHMEM.
   static constexpr bool kMovesRegisters = Engine::kMovesRegisters && !Transport::kNetwork;
-  static constexpr int kOtherRegisters = 88;
-  static constexpr int kMathRegisters = 208;
+  static constexpr int kOtherRegisters = 104;
+  static constexpr int kMathRegisters = 200;
 
   const KernelArguments& arguments;
   Shared& shared;

@@ -61,6 +61,25 @@ FLASHMOE_DEVICE uint32_t match_any(uint32_t value) {
 #endif
 }
 
+// True in one lane of the warp, whichever, by all lanes together (`elect.sync`, from sm_90 on). The
+// compiler knows then that there is only one, and needs no loop over lanes for an instruction that
+// takes uniform registers.
+FLASHMOE_DEVICE bool elect() {
+#if FLASHMOE_EMULATED
+  return ballot(true) != 0 && lane_index() == kWarpSize - 1;  // not the lane that one would guess
+#else
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+#endif
+}
+
 FLASHMOE_DEVICE int count_bits(uint32_t bits) {
 #if FLASHMOE_EMULATED
   return std::popcount(bits);
