@@ -1,5 +1,5 @@
 // The activations of an expert, in float. Which one is known at run time and equal in all threads:
-// a branch that all take costs less than five times as many kernels.
+// a branch that all take costs less than five times as many kernels (MathRole::activate_all).
 #pragma once
 
 #include "kernels/core/types.h"

@@ -63,13 +63,70 @@ struct MathRole {
     return lane < Staging<Engine>::kRows && first_row + lane < tile.rows;
   }
 
-  // The bias of a column pair, or zeros: a row of a [El][width] tensor.
-  FLASHMOE_DEVICE static void add_bias(const void* bias, const TileWork& tile, int32_t column,
-                                       int32_t width, float (&pair)[2]) {
-    if (bias == nullptr || column >= width) return;
+  // Adds a bias, a row of a [El][width] tensor, or nothing if there is none, to the sums of the
+  // chunks `first`, `first` + `step`, ... of this warp. `column(c)` is the first result column of
+  // chunk c.
+  template <typename Column>
+  FLASHMOE_DEVICE static void add_bias(const void* bias, const TileWork& tile, int32_t width,
+                                       int first, int step, const Column& column,
+                                       typename Engine::Accumulators& sums) {
+    if (bias == nullptr) return;
     const Element* row = static_cast<const Element*>(bias) + int64_t{tile.expert} * width;
-    pair[0] += device::to_float(row[column]);
-    pair[1] += device::to_float(row[column + 1]);
+#pragma unroll
+    for (int c = 0; c < Engine::kWarpChunks; ++c) {
+      if (c % step != first) continue;
+#pragma unroll
+      for (int n = 0; n < Engine::kChunkFragments; ++n) {
+        const int32_t at = column(c) + 8 * n + 2 * (device::lane_index() % 4);
+        if (at >= width) continue;
+        const float pair[2] = {device::to_float(row[at]), device::to_float(row[at + 1])};
+#pragma unroll
+        for (int m = 0; m < Engine::kRowFragments; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[m][c][n][i] += pair[i % 2];
+        }
+      }
+    }
+  }
+
+  // The activation of every sum; with a gate, times the sum of the up-projection, which is in the
+  // next chunk.
+  template <core::Activation kActivation, bool kGated>
+  FLASHMOE_DEVICE static void activate_all(typename Engine::Accumulators& sums) {
+#pragma unroll
+    for (int m = 0; m < Engine::kRowFragments; ++m) {
+#pragma unroll
+      for (int c = 0; c < Engine::kWarpChunks; c += kGated ? 2 : 1) {
+#pragma unroll
+        for (int n = 0; n < Engine::kChunkFragments; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& sum = sums[m][c][n][i];
+            sum = activate(kActivation, sum);
+            if constexpr (kGated) sum *= sums[m][c + 1][n][i];
+          }
+        }
+      }
+    }
+  }
+
+  // One branch for a tile: with one for each sum, the code of all the others lies between those
+  // that are executed, and the kernel waits for instructions.
+  template <bool kGated>
+  FLASHMOE_DEVICE void activate_all(typename Engine::Accumulators& sums) const {
+    using core::Activation;
+    switch (tiles.context.arguments.activation) {
+      case Activation::kSilu:
+        return activate_all<Activation::kSilu, kGated>(sums);
+      case Activation::kGelu:
+        return activate_all<Activation::kGelu, kGated>(sums);
+      case Activation::kGeluTanh:
+        return activate_all<Activation::kGeluTanh, kGated>(sums);
+      case Activation::kRelu:
+        return activate_all<Activation::kRelu, kGated>(sums);
+      case Activation::kRelu2:
+        return activate_all<Activation::kRelu2, kGated>(sums);
+    }
   }
 
   // Puts two neighbouring values into the staging rows.
@@ -103,8 +160,19 @@ struct MathRole {
     device::warp_sync();
   }
 
+  // Puts a chunk's sums of 16 rows into the staging rows.
+  FLASHMOE_DEVICE void stage_chunk(int warp, const Fragments& sums) const {
+    const int lane = device::lane_index();
+#pragma unroll
+    for (int n = 0; n < Engine::kChunkFragments; ++n) {
+      const int32_t column = 8 * n + 2 * (lane % 4);
+      stage(warp, lane / 4, column, sums[n][0], sums[n][1]);
+      stage(warp, lane / 4 + 8, column, sums[n][2], sums[n][3]);
+    }
+  }
+
   FLASHMOE_DEVICE void finish_first(const TileWork& tile,
-                                    const typename Engine::Accumulators& sums) const {
+                                    typename Engine::Accumulators& sums) const {
     const Context& context = tiles.context;
     const int32_t width = context.shape().intermediate;
     Element* activated = context.workspace<Element>(context.arguments.workspace.activated) +
@@ -113,6 +181,18 @@ struct MathRole {
     const int lane = device::lane_index();
     const bool gated = tiles.gated();
     const int32_t begin = tile.column * tiles.first_stage_columns();
+    const auto column = [&](int c) {
+      const int chunk = Engine::chunk(warp, c);
+      return begin + (gated ? chunk / 2 : chunk) * kChunkColumns + Engine::first_column(warp, c);
+    };
+    if (gated) {
+      add_bias(context.pe.gate_bias, tile, width, 0, 2, column, sums);
+      add_bias(context.pe.up_bias, tile, width, 1, 2, column, sums);
+      activate_all<true>(sums);
+    } else {
+      add_bias(context.pe.up_bias, tile, width, 0, 1, column, sums);
+      activate_all<false>(sums);
+    }
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
       const int first_row = Engine::first_row(warp, m);
@@ -120,32 +200,8 @@ struct MathRole {
 #pragma unroll
       for (int c = 0; c < Engine::kWarpChunks; ++c) {
         if (gated && c % 2 != 0) continue;  // done with its gate
-        const int chunk = Engine::chunk(warp, c);
-        const int32_t column =
-            begin + (gated ? chunk / 2 : chunk) * kChunkColumns + Engine::first_column(warp, c);
-#pragma unroll
-        for (int n = 0; n < Engine::kChunkFragments; ++n) {
-          const int32_t in_chunk = 8 * n + 2 * (lane % 4);
-          float gate_bias[2] = {}, up_bias[2] = {};
-          if (gated) add_bias(context.pe.gate_bias, tile, column + in_chunk, width, gate_bias);
-          add_bias(context.pe.up_bias, tile, column + in_chunk, width, up_bias);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float pair[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float value = sums[m][c][n][2 * half + i];
-              if (gated) {
-                const float up = sums[m][c | 1][n][2 * half + i] + up_bias[i];
-                pair[i] = activate(context.arguments.activation, value + gate_bias[i]) * up;
-              } else {
-                pair[i] = activate(context.arguments.activation, value + up_bias[i]);
-              }
-            }
-            stage(warp, lane / 4 + 8 * half, in_chunk, pair[0], pair[1]);
-          }
-        }
-        write_staged(warp, tile, first_row, column, width, target);
+        stage_chunk(warp, sums[m][c]);
+        write_staged(warp, tile, first_row, column(c), width, target);
       }
     }
     // What this warp wrote comes before its signal.
@@ -157,7 +213,7 @@ struct MathRole {
   }
 
   FLASHMOE_DEVICE void finish_second(const TileWork& tile,
-                                     const typename Engine::Accumulators& sums) const {
+                                     typename Engine::Accumulators& sums) const {
     const Context& context = tiles.context;
     const int32_t width = context.shape().hidden;
     const int32_t block_row = tile.block * Engine::kBlockRows;
@@ -165,7 +221,11 @@ struct MathRole {
         context.heap<core::Origin>(context.rank, context.arguments.heap.origin) + block_row;
     const int warp = math_warp();
     const int lane = device::lane_index();
-    const int32_t begin = tile.column * Engine::kColumns;
+    const auto column = [&](int c) {
+      return tile.column * Engine::kColumns + Engine::chunk(warp, c) * kChunkColumns +
+             Engine::first_column(warp, c);
+    };
+    add_bias(context.pe.down_bias, tile, width, 0, 1, column, sums);
     core::Origin origin[Engine::kRowFragments];  // in lane i: of row i of the fragment
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
@@ -180,18 +240,8 @@ struct MathRole {
       };
 #pragma unroll
       for (int c = 0; c < Engine::kWarpChunks; ++c) {
-        const int32_t column =
-            begin + Engine::chunk(warp, c) * kChunkColumns + Engine::first_column(warp, c);
-#pragma unroll
-        for (int n = 0; n < Engine::kChunkFragments; ++n) {
-          const int32_t in_chunk = 8 * n + 2 * (lane % 4);
-          float bias[2] = {};
-          add_bias(context.pe.down_bias, tile, column + in_chunk, width, bias);
-          stage(warp, lane / 4, in_chunk, sums[m][c][n][0] + bias[0], sums[m][c][n][1] + bias[1]);
-          stage(warp, lane / 4 + 8, in_chunk, sums[m][c][n][2] + bias[0],
-                sums[m][c][n][3] + bias[1]);
-        }
-        write_staged(warp, tile, first_row, column, width, target);
+        stage_chunk(warp, sums[m][c]);
+        write_staged(warp, tile, first_row, column(c), width, target);
       }
     }
     // One fence for all rows of the warp, then one signal for each.

@@ -124,7 +124,7 @@ struct Kernel {
       device::mbarrier_init(&shared.ring.announced[i], 1);
       device::mbarrier_init(&shared.ring.taken[i], Engine::kProducerWarps - 1 + Engine::kMathWarps);
     }
-    device::mbarrier_init(&shared.planned, 1);
+    device::mbarrier_init(&shared.planned, Comm::kThreads);
     device::fence_mbarrier_init();
   }
 
@@ -155,10 +155,9 @@ struct Kernel {
   FLASHMOE_DEVICE bool communicate(const Context& context) const {
     const Comm group = comm_group(context);
     const bool ok = route_and_plan<Transport>(group);
-    if (group.thread == 0) {
-      if (!ok) shared.ok = false;
-      device::mbarrier_arrive(&shared.planned);
-    }
+    if (group.thread == 0 && !ok) shared.ok = false;
+    // By every thread, for what it wrote of the plan.
+    device::mbarrier_arrive(&shared.planned);
     if (!ok) return false;
     dispatch<Transport>(group);
     if constexpr (Transport::kNetwork) {
