@@ -74,6 +74,11 @@ struct RouterShared {
   FLASHMOE_DEVICE std::byte* stage(int i) {
     return reinterpret_cast<std::byte*>(this) + kRouterStagesOffset + i * layout.bytes();
   }
+  // Of this warp: its tile in each pass over the tokens, and the first of its quads.
+  FLASHMOE_DEVICE int tile() const { return device::warp_index() / warps.parts; }
+  FLASHMOE_DEVICE int first_quad() const {
+    return device::warp_index() % warps.parts * warps.quads;
+  }
   // How many quads a warp has from that one on.
   FLASHMOE_DEVICE int quads_from(int first) const {
     const int left = layout.quads - first;
@@ -186,10 +191,11 @@ struct RouterCopies {
 };
 
 template <typename Element, int kMaxQuads>
-FLASHMOE_DEVICE void store_logits(const RouterShared<Element>& shared, int32_t first_token,
-                                  int first_quad, const RouterSums<kMaxQuads>& sums) {
-  // This thread's first sum is that of `token` and `expert`.
-  const int32_t token = first_token + device::lane_index() / 4;
+FLASHMOE_DEVICE void store_logits(const RouterShared<Element>& shared, int32_t pass,
+                                  const RouterSums<kMaxQuads>& sums) {
+  const int first_quad = shared.first_quad();
+  // This thread's first sum is that of `token` and `expert`; the pass begins with token `pass`.
+  const int32_t token = pass + shared.tile() * kTileTokens + device::lane_index() / 4;
   const int32_t expert =
       shared.block.first_expert + first_quad * kQuadColumns + device::lane_index() % 4 * 8;
   const int32_t tokens = shared.block.last_token - token;
@@ -259,27 +265,24 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
   }
   device::block_sync();
 
-  RouterPosition copied{first_token};
-  const auto advance = [&](RouterPosition& position) {
-    position.advance(work.arguments.hidden, work.warps.tiles * kTileTokens);
-  };
+  RouterPosition copied{work.block.first_token};
   const auto copy_next = [&](int stage) {
     if (copied.token >= work.block.last_token) return;
     copies.copy(copied, stage);
-    advance(copied);
+    copied.advance(work.arguments.hidden, work.warps.tiles * kTileTokens);
   };
   for (int stage = 0; stage + 1 < work.stages; ++stage) copy_next(stage);
 
-  const int tile = device::warp_index() / work.warps.parts;
-  const int first_quad = device::warp_index() % work.warps.parts * work.warps.quads;
-  RouterPosition at{first_token};
+  const int tile = work.tile();
+  const int first_quad = work.first_quad();
   int stage = 0;
   uint32_t parity = 0;
-  while (at.token < work.block.last_token) {
-    const int32_t token = at.token + tile * kTileTokens;
-    const bool has_tile = tile < work.warps.tiles && token < work.block.last_token;
+  for (int32_t pass = work.block.first_token; pass < work.block.last_token;
+       pass += work.warps.tiles * kTileTokens) {
+    const bool has_tile =
+        tile < work.warps.tiles && pass + tile * kTileTokens < work.block.last_token;
     RouterSums<kMaxQuads> sums = {};
-    do {
+    for (int32_t depth = 0; depth < work.arguments.hidden; depth += kStageDepth) {
       // After a block_sync all have left the stage before this one: it can be filled again.
       const int previous = (stage == 0 ? work.stages : stage) - 1;
       if (work.stages == 1) {
@@ -299,9 +302,8 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
         stage = 0;
         parity ^= 1;
       }
-      advance(at);
-    } while (at.depth != 0);
-    if (has_tile) store_logits(work, token, first_quad, sums);
+    }
+    if (has_tile) store_logits(work, pass, sums);
   }
   device::block_sync();
   if (device::thread_index() == 0) {
