@@ -14,7 +14,7 @@ NVCC_OPTS = [
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
 ]
 
-def cuda_object(name, src, hdrs, architecture):
+def cuda_object(name, src, hdrs, architecture, later = []):
     """A library of one source, compiled for one architecture.
 
     Args:
@@ -22,19 +22,20 @@ def cuda_object(name, src, hdrs, architecture):
         src: The source.
         hdrs: Every header that it may include.
         architecture: Such as "90a".
+        later: Architectures that it is compiled into machine code for too.
     """
     if not CUDA:
         return
-    code = "sm_" + architecture
+    code = ["sm_" + target for target in [architecture] + later]
     if architecture.isdigit():
-        code = "[sm_%s,compute_%s]" % (architecture, architecture)
+        code.append("compute_" + architecture)
     native.genrule(
         name = name + "_object",
         srcs = [src] + hdrs,
         outs = [name + ".cu.o"],
         cmd = " ".join(
             ["$(location @cuda_environment//:nvcc.sh) -ccbin $(CC)"] + NVCC_OPTS + [
-                "-gencode arch=compute_%s,code=%s" % (architecture, code),
+                "-gencode arch=compute_%s,code=[%s]" % (architecture, ",".join(code)),
                 "-I. -c $(location %s) -o $@" % src,
             ],
         ),

@@ -2,7 +2,7 @@
 # code is compiled and linked with. Sets FLASHMOE_CUDA_ENABLED and says why it is what it is.
 #
 # nvcc is called by name, not through CMake's CUDA language: that wants a toolkit in its usual
-# places, while the one from PyPI has others; each kernel is for one architecture only; and what
+# places, while the one from PyPI has others; each source has architectures of its own; and what
 # ptxas reports is kept for tools/check_machine_code.py.
 
 set(FLASHMOE_CUDA AUTO CACHE STRING "Build the CUDA module: AUTO (where that can work), ON or OFF")
@@ -128,22 +128,24 @@ if(cuda_missing)
   return()
 endif()
 set(FLASHMOE_CUDA_ENABLED TRUE)
-message(STATUS "CUDA: yes (${FLASHMOE_CUDA}), sm_80 and sm_90a, with nvcc ${FLASHMOE_CUDA_VERSION} "
-               "(${FLASHMOE_NVCC})")
+message(STATUS "CUDA: yes (${FLASHMOE_CUDA}), sm_80, sm_90 and sm_90a, with nvcc "
+               "${FLASHMOE_CUDA_VERSION} (${FLASHMOE_NVCC})")
 
-# flashmoe_cuda_object(SOURCE ARCHITECTURE): compiles one source for one architecture, and appends
-# the object to flashmoe_cuda_objects. What is not for one architecture alone (90a) gets PTX too,
-# which the driver compiles for later GPUs.
+# flashmoe_cuda_object(SOURCE ARCHITECTURE [LATER...]): compiles one source for one architecture, into
+# machine code for the later ones too, and appends the object to flashmoe_cuda_objects. What is not
+# for one architecture alone (90a) also gets PTX, which the driver compiles for other later GPUs.
 function(flashmoe_cuda_object source architecture)
   get_filename_component(name ${source} NAME)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.o)
   set(input ${CMAKE_CURRENT_SOURCE_DIR}/${source})
-  set(code sm_${architecture})
+  set(code ${architecture} ${ARGN})
+  list(TRANSFORM code PREPEND sm_)
   if(NOT architecture MATCHES "[a-z]$")
-    set(code [${code},compute_${architecture}])
+    list(APPEND code compute_${architecture})
   endif()
+  list(JOIN code , code)
   set(flags -std=c++20 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall
-            -gencode arch=compute_${architecture},code=${code})
+            -gencode arch=compute_${architecture},code=[${code}])
   if(FLASHMOE_WERROR)
     list(APPEND flags -Werror all-warnings)
   endif()
@@ -155,7 +157,7 @@ function(flashmoe_cuda_object source architecture)
     COMMAND ${CMAKE_COMMAND} -D LOG=${object}.log -P ${PROJECT_SOURCE_DIR}/cmake/run_logged.cmake --
             ${FLASHMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${flags} -I${PROJECT_SOURCE_DIR}
             -MD -MF ${object}.d -MT ${object} -c ${input} -o ${object}
-    COMMENT "Compiling ${source} for sm_${architecture}"
+    COMMENT "Compiling ${source} for ${code}"
     VERBATIM)
   set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
   set(flashmoe_cuda_objects ${flashmoe_cuda_objects} ${object} PARENT_SCOPE)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -94,6 +94,7 @@ SM80 = """
     @P0 BRA depth
     EXIT
 """
+GOOD = (Fake("sm_80", SM80), Fake("sm_90", SM80), Fake("sm_90a", SM90))
 
 
 def found(
@@ -110,7 +111,7 @@ def found(
 
 
 def test_kernels_as_they_should_be(checker: ModuleType) -> None:
-    assert found(checker, Fake("sm_90a", SM90), Fake("sm_80", SM80)) == []
+    assert found(checker, *GOOD) == []
 
 
 SPILL = "STL [R1], R24"
@@ -124,6 +125,7 @@ BEHIND = "again:\n"
         (Fake("sm_90a", SM90.replace("HGMMA.64x8x16", "HMMA.16816")), "no HGMMA"),
         (Fake("sm_90a", SM90.replace("UTMALDG.2D", "LDG.E")), "no UTMALDG"),
         (Fake("sm_80", SM80.replace("HMMA.16816", "FFMA")), "no HMMA"),
+        (Fake("sm_90", SM80.replace("HMMA.16816", "FFMA")), "no HMMA"),
         (Fake("sm_80", SM80.replace("LDGSTS", "LDG")), "no LDGSTS"),
         (Fake("sm_80", SM80.replace("@P0 BRA depth", "")), "no loop around HMMA"),
         (Fake("sm_80", SM80.replace("@P0 BRA depth", "BRA done\ndone:")), "no loop around HMMA"),
@@ -140,12 +142,14 @@ BEHIND = "again:\n"
         (Fake("sm_90a", SM90, spilled=40), "40 bytes of spills, allowed are 0"),
         (Fake("sm_90a", SM90, {"REG": 169}), "169 registers, allowed are 168: 384 threads"),
         (Fake("sm_80", SM80, {"REG": 129}), "129 registers, allowed are 128: 512 threads"),
+        (Fake("sm_90", SM80, {"REG": 129}), "129 registers, allowed are 128: 512 threads"),
+        (Fake("sm_90", SM80, spilled=40), "40 bytes of spills, allowed are 0"),
         (Fake("sm_90a", SM90, {"SHARED": 4096}), "4096 bytes of static shared memory"),
-        (Fake("sm_75", SM80), "allowed architectures are sm_80, sm_90a"),
+        (Fake("sm_75", SM80), "allowed architectures are sm_80, sm_90, sm_90a"),
     ],
 )
 def test_a_kernel_with_a_fault(checker: ModuleType, fake: Fake, complaint: str) -> None:
-    good = [Fake("sm_90a", SM90, name="good"), Fake("sm_80", SM80, name="good")]
+    good = [replace(fake, name="good") for fake in GOOD]
     lines = found(checker, *good, fake)
     assert any(complaint in line for line in lines), lines
     assert all("moe" in line for line in lines), "a complaint about a good kernel"
@@ -154,30 +158,32 @@ def test_a_kernel_with_a_fault(checker: ModuleType, fake: Fake, complaint: str) 
 def test_limits_are_inclusive(checker: ModuleType) -> None:
     full = {"REG": 168, "SHARED": 2048}
     half = {"REG": 128, "SHARED": 1024}
-    assert found(checker, Fake("sm_90a", SM90, full), Fake("sm_80", SM80, half)) == []
+    newer = {"REG": 128, "SHARED": 2048}
+    fakes = (Fake("sm_90a", SM90, full), Fake("sm_90", SM80, newer), Fake("sm_80", SM80, half))
+    assert found(checker, *fakes) == []
 
 
 def test_local_memory_outside_the_main_loops_is_no_fault_of_theirs(checker: ModuleType) -> None:
     code = SM90.replace("STG.E.64 [R2.64], R24", SPILL)
-    assert found(checker, Fake("sm_90a", code), Fake("sm_80", SM80)) == []
+    assert found(checker, *GOOD, Fake("sm_90a", code, name="other")) == []
 
 
-def test_a_missing_architecture(checker: ModuleType) -> None:
-    assert found(checker, Fake("sm_80", SM80)) == [
-        "no kernel for sm_90a: check the architectures in kernels/CMakeLists.txt"
+@pytest.mark.parametrize("missing", GOOD, ids=lambda fake: fake.architecture)
+def test_a_missing_architecture(checker: ModuleType, missing: Fake) -> None:
+    assert found(checker, *(fake for fake in GOOD if fake is not missing)) == [
+        f"no kernel for {missing.architecture}: check the architectures in kernels/CMakeLists.txt"
     ]
 
 
 def test_a_warning_of_ptxas(checker: ModuleType) -> None:
-    fakes = [Fake("sm_90a", SM90), Fake("sm_80", SM80)]
     serialized = (
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
         "serialized due to insufficient register resources in function 'moe'\n"
     )
-    log = "".join(fake.log() for fake in fakes)
-    (line,) = found(checker, *fakes, log=serialized + log)
+    log = "".join(fake.log() for fake in GOOD)
+    (line,) = found(checker, *GOOD, log=serialized + log)
     assert "C7510" in line
-    assert found(checker, *fakes, log=log) == []
+    assert found(checker, *GOOD, log=log) == []
 
 
 # What ptxas says of each kernel that calls functions of NVSHMEM's on sm_90a.
@@ -192,7 +198,6 @@ def network(architecture: str, spilled: int = 0, **resources: int) -> Fake:
     return Fake(architecture, code, resources, spilled, name="network_float16")
 
 
-GOOD = (Fake("sm_90a", SM90), Fake("sm_80", SM80))
 SENDS = (network("sm_90a", STACK=384), network("sm_80", 1536, STACK=512))
 
 
@@ -214,6 +219,10 @@ def test_kernels_that_send_over_a_network(checker: ModuleType) -> None:
         ((SENDS[0], network("sm_80", REG=129)), "129 registers, allowed are 128"),
         (SENDS[:1], "no kernel with the network transport for sm_80"),
         (SENDS[1:], "no kernel with the network transport for sm_90a"),
+        (
+            (*SENDS, replace(SENDS[1], architecture="sm_90")),
+            "sm_90 network_float16: allowed architectures are sm_80, sm_90a",
+        ),
     ],
 )
 def test_a_kernel_that_sends_with_a_fault(
@@ -266,9 +275,9 @@ def test_spills_of_functions(checker: ModuleType, function: str, counts: bool) -
 
 
 def test_the_log_of_another_build(checker: ModuleType) -> None:
-    fakes = [Fake("sm_90a", SM90), Fake("sm_80", SM80)]
-    (line,) = found(checker, *fakes, log=fakes[0].log())
-    assert line.startswith("sm_80 moe: is not in the logs")
+    missing, *others = GOOD
+    (line,) = found(checker, *GOOD, log="".join(fake.log() for fake in others))
+    assert line.startswith(f"{missing.architecture} moe: is not in the logs")
 
 
 def test_main_loops() -> None:

@@ -38,7 +38,8 @@ class Budget:
 
 BUDGETS = {
     "sm_80": Budget("HMMA", "LDGSTS", threads=512, registers=128, shared=1024),
-    # 1 KB of every block's shared memory is the system's, and counted here.
+    # On sm_90, 1 KB of every block's shared memory is the system's, and counted here.
+    "sm_90": Budget("HMMA", "LDGSTS", threads=512, registers=128, shared=2048),
     "sm_90a": Budget("HGMMA", "UTMALDG", threads=384, registers=168, shared=2048),
 }
 # Kernels with the network transport, launched as the others are. NVSHMEM's functions have a stack.
@@ -120,7 +121,7 @@ def check(
     for wanted in (False, True) if network else (False,):
         there = {k.architecture for k in kernels if k.name.startswith(_NETWORK) == wanted}
         what = "kernel with the network transport" if wanted else "kernel"
-        for architecture in BUDGETS:
+        for architecture in NETWORK_BUDGETS if wanted else BUDGETS:
             if architecture not in there:
                 found.append(
                     f"no {what} for {architecture}: check the architectures in "
@@ -131,7 +132,7 @@ def check(
         budgets = NETWORK_BUDGETS if kernel.name.startswith(_NETWORK) else BUDGETS
         budget = budgets.get(kernel.architecture)
         if budget is None:
-            found.append(f"{label}: allowed architectures are {', '.join(BUDGETS)}; add a budget")
+            found.append(f"{label}: allowed architectures are {', '.join(budgets)}; add a budget")
             continue
         found += [f"{label}: {complaint}" for complaint in complaints(kernel, budget)]
         if logged and kernel.spills is None:

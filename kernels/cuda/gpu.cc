@@ -16,7 +16,10 @@ const KernelVariant& choose_variant(const CallSizes& sizes, const Gpu& gpu) {
   if (hopper) variant = find_variant(sm90_variants(), sizes);
   // Each architecture has its own image of kernels with the network transport.
   const bool may_be_sm80 = sizes.network ? gpu.major == 8 : gpu.major >= 8;
-  if (variant == nullptr && may_be_sm80) variant = find_variant(sm80_variants(), sizes);
+  if (variant == nullptr && may_be_sm80) {
+    const bool is_float = sizes.dtype == core::DType::kFloat32;
+    variant = find_variant(is_float ? sm80_float_variants() : sm80_variants(), sizes);
+  }
   if (variant == nullptr && sizes.network) {
     throw std::invalid_argument(
         "some GPUs of this expert group reach each other over a network only, and for that this "

@@ -1,4 +1,4 @@
-// The kernels that were compiled, as a table: one translation unit for each architecture.
+// The kernels that were compiled, as tables: one for each translation unit.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,9 @@ struct KernelVariant {
                         // network transport, see NetworkKernels
 };
 
-// For compute capability 8.0 and later.
+// For compute capability 8.0 and later: of 16-bit types, and of float.
 std::span<const KernelVariant> sm80_variants();
+std::span<const KernelVariant> sm80_float_variants();
 // For compute capability 9.0 alone (sm_90a).
 std::span<const KernelVariant> sm90_variants();
 
