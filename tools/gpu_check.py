@@ -310,7 +310,11 @@ def check_steps(machine: Machine) -> list[Step]:
     kernel = str(PROGRAMS / "kernel_check")
     report = BUILD / "pytest.xml"
     report.unlink(missing_ok=True)
-    pytest = (*python, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--junitxml={report}")
+    pytest = (*python, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--junitxml={report}")
+    # Processes that share the GPU and its memory: most of the time is XLA's compiler's.
+    workers = 6 if installed("pytest-xdist") else 1
+    shared = ("env", f"XLA_PYTHON_CLIENT_MEM_FRACTION={0.6 / workers:.2f}")
+    parallel = ("-n", str(workers)) if workers > 1 else ()
     watched = ("--epochs=1", "--deadline=600", "P=2 small")
     steps = [
         Step("primitives against the emulator's", (str(PROGRAMS / "primitives"),), lines, hopper),
@@ -324,7 +328,7 @@ def check_steps(machine: Machine) -> list[Step]:
     no_torch = None if installed("torch") else "torch is not installed"
     return [
         *steps,
-        Step("through JAX", (*pytest, "tests/gpu"), junit(report)),
+        Step("through JAX", (*shared, *pytest, *parallel, "tests/gpu"), junit(report)),
         Step("kernel alone, measured", (str(PROGRAMS / "kernel_bench"),), json_lines),
         Step("through JAX, measured", (*python, "tests/gpu/jax_baseline.py"), json_lines),
         Step("torch, measured", (*python, "tests/gpu/torch_baseline.py"), json_lines, no_torch),

@@ -25,6 +25,7 @@
 #include "kernels/device/barrier.h"
 #include "kernels/device/mbarrier.h"
 #include "kernels/device/registers.h"
+#include "kernels/device/warp.h"
 
 namespace flashmoe::cuda {
 
@@ -46,7 +47,6 @@ struct KernelShared {
   Place place;
   device::Mbarrier planned;  // the plan is made, or the PE has failed
   bool ok;                   // at the start of the launch
-  bool last;                 // this CTA is the last of its PE to end
 };
 
 template <typename Engine, typename Transport>
@@ -80,7 +80,7 @@ struct Kernel {
       run_roles();
     }
     device::block_sync();
-    leave();
+    if (device::warp_index() == 0) leave();
   }
 
  private:
@@ -173,32 +173,33 @@ struct Kernel {
                                          Engine::kThreads / device::kWarpSize);
   }
 
-  // The last CTA of the PE leaves everything as the next launch expects it.
+  // The last CTA of the PE leaves everything as the next launch expects it. By one warp.
   FLASHMOE_DEVICE void leave() const {
     using device::Scope;
     const Context context = this->context();
     Control* control = context.control();
-    if (device::thread_index() == 0) {
-      const uint32_t before = device::fetch_add_acquire_release<Scope::kGpu>(&control->exits, 1u);
-      shared.last = before + 1 == static_cast<uint32_t>(context.arguments.ctas);
+    const int lane = device::lane_index();
+    uint32_t before = 0;
+    if (lane == 0) {
+      before = device::fetch_add_acquire_release<Scope::kGpu>(&control->exits, 1u);
     }
-    device::block_sync();
-    if (!shared.last) return;
+    device::warp_sync();
+    if (device::shuffle(before, 0) + 1 != static_cast<uint32_t>(context.arguments.ctas)) return;
     if (has_failed(context)) {
       poison(context);
     } else {
       const int64_t blocks = context.shape().row_blocks();
-      for (int64_t i = device::thread_index(); i < blocks; i += Engine::kThreads) {
+      for (int64_t i = lane; i < blocks; i += device::kWarpSize) {
         // Atomically, since nothing but a wait for their values orders the additions before.
         const auto block = static_cast<int32_t>(i);
         device::store_relaxed<Scope::kSystem>(context.arrived(context.rank, block), uint64_t{0});
         device::store_relaxed<Scope::kGpu>(context.first_done(block), 0u);
       }
       if constexpr (Transport::kNetwork) {
-        Transport::reset(context, device::thread_index(), Engine::kThreads);
+        Transport::reset(context, lane, device::kWarpSize);
       }
     }
-    if (device::thread_index() == 0) {
+    if (lane == 0) {
       control->epoch = context.epoch;
       control->barrier = 0;
       control->exits = 0;
@@ -210,7 +211,7 @@ struct Kernel {
     const int64_t size = int64_t{context.shape().tokens} * context.shape().hidden;
     Element* y = static_cast<Element*>(context.pe.y);
     const Element nan = device::from_float<Element>(device::not_a_number());
-    for (int64_t i = device::thread_index(); i < size; i += Engine::kThreads) y[i] = nan;
+    for (int64_t i = device::lane_index(); i < size; i += device::kWarpSize) y[i] = nan;
   }
 };
 

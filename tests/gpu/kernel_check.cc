@@ -7,6 +7,7 @@
 // exit status 1 if any failed.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +15,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <future>
 #include <memory>
+#include <semaphore>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/failure.h"
@@ -225,12 +230,33 @@ struct Options {
   std::vector<std::string> filters;
 };
 
-void run_case(const GpuCase& test, const cuda::Gpu& gpu, const Options& options,
+// A case's input, and what the reference makes of it.
+struct Prepared {
+  Problem problem;
+  std::vector<Expected> expected;
+
+  Prepared(const GpuCase& test, uint64_t seed)
+      : problem(test.layer, test.routing, seed), expected(expect(problem)) {}
+};
+
+// Prepares a case in a thread of its own, on as many cores as there are: the reference takes
+// seconds for what the GPU does in less than a millisecond.
+std::future<std::unique_ptr<Prepared>> prepare(const GpuCase& test, uint64_t seed) {
+  static std::counting_semaphore<> cores(std::max(1u, std::thread::hardware_concurrency()));
+  return std::async(std::launch::async, [test, seed] {
+    cores.acquire();
+    auto prepared = std::make_unique<Prepared>(test, seed);
+    cores.release();
+    return prepared;
+  });
+}
+
+void run_case(Prepared& prepared, const cuda::Gpu& gpu, const Options& options,
               uint32_t epochs_before = 0) {
-  Problem problem(test.layer, test.routing, options.seed);
+  Problem& problem = prepared.problem;
+  const std::vector<Expected>& expected = prepared.expected;
   Run run(problem, gpu);
   run.set_epoch(epochs_before);
-  const std::vector<Expected> expected = expect(problem);
   std::vector<std::byte> first;
   for (int i = 0; i < options.epochs; ++i) {
     const std::vector<std::string> failures = run.epoch(options.deadline);
@@ -267,7 +293,8 @@ void run_overflow(const cuda::Gpu& gpu, Options options) {
   const GpuCase test{"",
                      layer(4, 64, 64, 64, 8, 2, DType::kBFloat16, true, false, Activation::kSilu),
                      Routing::kSkewed};
-  run_case(test, gpu, options, UINT32_MAX - 4);
+  Prepared prepared(test, options.seed);
+  run_case(prepared, gpu, options, UINT32_MAX - 4);
 }
 
 int run_all(const Options& options) {
@@ -280,10 +307,12 @@ int run_all(const Options& options) {
     older.minor = 0;
     gpus.push_back(older);
   }
+  const auto wanted = [&](const std::string& name) {
+    return std::all_of(options.filters.begin(), options.filters.end(),
+                       [&](const auto& filter) { return name.find(filter) != std::string::npos; });
+  };
   const auto attempt = [&](const std::string& name, const auto& f) {
-    for (const std::string& filter : options.filters) {
-      if (name.find(filter) == std::string::npos) return;
-    }
+    if (!wanted(name)) return;
     const auto begin = std::chrono::steady_clock::now();
     std::string error;
     try {
@@ -299,9 +328,14 @@ int run_all(const Options& options) {
   };
   for (const cuda::Gpu& gpu : gpus) {
     const std::string engine = "sm" + std::to_string(gpu.major) + std::to_string(gpu.minor) + " ";
+    std::vector<std::pair<std::string, std::future<std::unique_ptr<Prepared>>>> cases;
     for (const GpuCase& test : gpu_cases()) {
       if (gpu.major == 9 && test.layer.dtype == DType::kFloat32) continue;  // same kernel as sm80
-      attempt(engine + test.name, [&] { run_case(test, gpu, options); });
+      const std::string name = engine + test.name;
+      if (wanted(name)) cases.emplace_back(name, prepare(test, options.seed));
+    }
+    for (auto& [name, prepared] : cases) {
+      attempt(name, [&] { run_case(*prepared.get(), gpu, options); });
     }
     attempt(engine + "a PE never enters", [&] { run_absent(gpu, options.seed); });
     attempt(engine + "the count of epochs overflows", [&] { run_overflow(gpu, options); });

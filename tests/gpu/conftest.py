@@ -1,0 +1,8 @@
+"""What a run says while it goes on: one that is stopped has no summary."""
+
+import pytest
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        print(f"\n{report.nodeid}:\n{report.longreprtext[-4000:]}", flush=True)
