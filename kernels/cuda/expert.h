@@ -89,43 +89,48 @@ struct MathRole {
     }
   }
 
-  // The activation of every sum; with a gate, times the sum of the up-projection, which is in the
-  // next chunk.
-  template <core::Activation kActivation, bool kGated>
-  FLASHMOE_DEVICE static void activate_all(typename Engine::Accumulators& sums) {
+  // Calls f(m, c, n, i) for every sum of the chunks `first`, `first` + 2, ...
+  template <typename F>
+  FLASHMOE_DEVICE static void for_every_second_chunk(int first, const F& f) {
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {
 #pragma unroll
-      for (int c = 0; c < Engine::kWarpChunks; c += kGated ? 2 : 1) {
+      for (int c = 0; c < Engine::kWarpChunks; ++c) {
+        if (c % 2 != first) continue;
 #pragma unroll
         for (int n = 0; n < Engine::kChunkFragments; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float& sum = sums[m][c][n][i];
-            sum = activate(kActivation, sum);
-            if constexpr (kGated) sum *= sums[m][c + 1][n][i];
-          }
+          for (int i = 0; i < 4; ++i) f(m, c, n, i);
         }
       }
     }
   }
 
+  // The activation of every sum, but not of the up-projection's, which are in odd chunks.
+  template <core::Activation kActivation>
+  FLASHMOE_DEVICE static void activate_all(bool gated, typename Engine::Accumulators& sums) {
+    const auto apply = [&](int m, int c, int n, int i) {
+      sums[m][c][n][i] = activate(kActivation, sums[m][c][n][i]);
+    };
+    for_every_second_chunk(0, apply);
+    if (!gated) for_every_second_chunk(1, apply);
+  }
+
   // One branch for a tile: with one for each sum, the code of all the others lies between those
   // that are executed, and the kernel waits for instructions.
-  template <bool kGated>
-  FLASHMOE_DEVICE void activate_all(typename Engine::Accumulators& sums) const {
+  FLASHMOE_DEVICE void activate_all(bool gated, typename Engine::Accumulators& sums) const {
     using core::Activation;
     switch (tiles.context.arguments.activation) {
       case Activation::kSilu:
-        return activate_all<Activation::kSilu, kGated>(sums);
+        return activate_all<Activation::kSilu>(gated, sums);
       case Activation::kGelu:
-        return activate_all<Activation::kGelu, kGated>(sums);
+        return activate_all<Activation::kGelu>(gated, sums);
       case Activation::kGeluTanh:
-        return activate_all<Activation::kGeluTanh, kGated>(sums);
+        return activate_all<Activation::kGeluTanh>(gated, sums);
       case Activation::kRelu:
-        return activate_all<Activation::kRelu, kGated>(sums);
+        return activate_all<Activation::kRelu>(gated, sums);
       case Activation::kRelu2:
-        return activate_all<Activation::kRelu2, kGated>(sums);
+        return activate_all<Activation::kRelu2>(gated, sums);
     }
   }
 
@@ -188,10 +193,13 @@ struct MathRole {
     if (gated) {
       add_bias(context.pe.gate_bias, tile, width, 0, 2, column, sums);
       add_bias(context.pe.up_bias, tile, width, 1, 2, column, sums);
-      activate_all<true>(sums);
     } else {
       add_bias(context.pe.up_bias, tile, width, 0, 1, column, sums);
-      activate_all<false>(sums);
+    }
+    activate_all(gated, sums);
+    if (gated) {
+      for_every_second_chunk(
+          0, [&](int m, int c, int n, int i) { sums[m][c][n][i] *= sums[m][c + 1][n][i]; });
     }
 #pragma unroll
     for (int m = 0; m < Engine::kRowFragments; ++m) {

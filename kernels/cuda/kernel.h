@@ -77,7 +77,8 @@ struct Kernel {
       if (arguments.routes) run_gate();
       if (device::thread_index() == 0) init();
       device::block_sync();
-      run_roles();
+      const bool ok = run_roles();
+      if (!kMovesRegisters && ok) combine_tokens(this->context());
     }
     device::block_sync();
     if (device::warp_index() == 0) leave();
@@ -128,14 +129,18 @@ struct Kernel {
     device::fence_mbarrier_init();
   }
 
-  FLASHMOE_DEVICE void run_roles() const {
+  // False if the PE has failed. Where registers are moved each role combines by itself: code that
+  // all of them share would be limited to the registers of those that have the fewest.
+  FLASHMOE_DEVICE bool run_roles() const {
     const int warp = device::warp_index();
     const Context context = this->context();
     const Tiles<Engine, Transport> tiles{context};
     if (warp >= kFirstMathWarp) {
       if constexpr (kMovesRegisters) device::take_registers<kMathRegisters>();
       MathRole<Engine, Transport>{tiles, shared.engine, shared.ring, shared.staging}.run();
-      if (shared.ok) combine_tokens(context);
+      const bool ok = shared.ok;
+      if (kMovesRegisters && ok) combine_tokens(context);
+      return ok;
     } else {
       if constexpr (kMovesRegisters) device::keep_registers<kOtherRegisters>();
       bool ok = true;
@@ -147,7 +152,8 @@ struct Kernel {
         TileProducer<Engine, Transport>{tiles, shared.engine, shared.ring, shared.plan}.run(
             warp - Engine::kCommWarps, ok);
       }
-      if (ok) combine_tokens(context);
+      if (kMovesRegisters && ok) combine_tokens(context);
+      return ok;
     }
   }
 
