@@ -310,7 +310,8 @@ def check_steps(machine: Machine) -> list[Step]:
     kernel = str(PROGRAMS / "kernel_check")
     report = BUILD / "pytest.xml"
     report.unlink(missing_ok=True)
-    pytest = (*python, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--junitxml={report}")
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.gpu.failures")
+    pytest = (*python, "-m", "pytest", *plugins, "-v", f"--junitxml={report}")
     # Processes that share the GPU and its memory: most of the time is XLA's compiler's.
     workers = 6 if installed("pytest-xdist") else 1
     shared = ("env", f"XLA_PYTHON_CLIENT_MEM_FRACTION={0.6 / workers:.2f}")

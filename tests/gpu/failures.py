@@ -1,4 +1,4 @@
-"""What a run says while it goes on: one that is stopped has no summary."""
+"""A plugin of pytest that says what fails at once: a run that is stopped has no summary."""
 
 import pytest
 
