@@ -51,6 +51,7 @@ def test_a_program_of_checks(
     step = check.Step("a step", program("import sys; " + text), check.lines, timeout=2.0)
     outcome = check.run(step, lambda findings, seconds: shown.append(findings.passed))
     assert outcome.status == status
+    assert outcome.seconds < 60  # whoever is stopped does not sleep to the end
     if complaint is None:
         assert (outcome.findings.passed, outcome.findings.failed) == (2, [])
         assert shown == [1, 2]
