@@ -245,10 +245,21 @@ struct Sm80Engine {
 #pragma unroll
           for (int m = 0; m < kRowFragments; ++m) {
             if constexpr (kFloatProduct == FloatProduct::kThreeTf32) {
-              device::mma<float>(accumulators[m][c][n], a_low[m], b_high);
-              device::mma<float>(accumulators[m][c][n], a_high[m], b_low);
+              // Apart, since the tensor cores cut what does not fit a sum: an error of one sign for
+              // every step, where additions round to either side.
+              float sums[4] = {};
+              device::mma<float>(sums, a_low[m], b_high);
+              device::mma<float>(sums, a_high[m], b_low);
+              device::mma<float>(sums, a_high[m], b_high);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) accumulators[m][c][n][i] += sums[i];
+            } else {
+              device::mma<float>(accumulators[m][c][n], a_high[m], b_high);
             }
-            device::mma<float>(accumulators[m][c][n], a_high[m], b_high);
+          }
+          // Holds back the loads of later columns where there are no registers for them.
+          if (kFloatProduct == FloatProduct::kThreeTf32 && kBlockRows == 128 && n % 2 == 1) {
+            device::warp_sync();
           }
         }
       }

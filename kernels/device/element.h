@@ -97,11 +97,12 @@ FLASHMOE_DEVICE float exp_precise(float x) {
 // e^x, fast. Its relative error grows with |x|, whose product with log2(e) is rounded: about 2^-21
 // at 1 and 2^-17 at 80. For activations; `exp_precise` is for what decides something.
 FLASHMOE_DEVICE float exp_approx(float x) {
+  const float exponent = x * 1.4426950408889634f;
 #if FLASHMOE_EMULATED
-  return std::exp(x);
+  return std::exp2(exponent);
 #else
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(exponent));
   return y;
 #endif
 }

@@ -1,6 +1,7 @@
 #include "kernels/emulator/tensor_core.h"
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -27,6 +28,13 @@ float half_to_float(MmaType type, uint16_t bits) {
 float element_of(MmaType type, uint32_t bits, int element) {
   if (type == MmaType::kTf32) return std::bit_cast<float>(bits & ~0x1fffu);
   return half_to_float(type, static_cast<uint16_t>(bits >> (16 * element)));
+}
+
+// x without the bits that do not fit a float.
+float cut(double x) {
+  const float nearest = static_cast<float>(x);
+  const bool beyond = std::abs(double{nearest}) > std::abs(x);
+  return beyond ? std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1) : nearest;
 }
 
 void check_inside(uint32_t offset, size_t shared_bytes) {
@@ -154,9 +162,16 @@ void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint
     }
   }
   const int depth = mma_depth(type);
+  const int at_once = depth / 2;
   for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < depth; ++k) {
-      for (int j = 0; j < 8; ++j) sums[i][j] += a_values[i][k] * b_values[k][j];
+    for (int first = 0; first < depth; first += at_once) {
+      double exact[8];
+      for (int j = 0; j < 8; ++j) exact[j] = sums[i][j];
+      for (int k = first; k < first + at_once; ++k) {
+        const double factor = a_values[i][k];
+        for (int j = 0; j < 8; ++j) exact[j] += factor * b_values[k][j];
+      }
+      for (int j = 0; j < 8; ++j) sums[i][j] = cut(exact[j]);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {

@@ -37,7 +37,9 @@ MatrixPlace wgmma_d_place(int thread, int index);
 template <typename T, size_t kRegisters>
 using WarpRegisters = std::array<std::array<T, kRegisters>, 32>;
 
-// d += a b. Of a tf32 the low 13 bits are ignored.
+// d += a b. Of a tf32 the low 13 bits are ignored. As on Ampere, half of the depth is summed at
+// once, and what does not fit a float is cut, not rounded (Fasi et al., "Numerical behavior of
+// NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021): deep sums drift towards zero.
 void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint32_t, 4>& a,
               const WarpRegisters<uint32_t, 2>& b);
 
@@ -78,7 +80,8 @@ struct ByteRange {
 // std::out_of_range if it reads beyond what a descriptor can name (256 KiB).
 std::vector<ByteRange> wgmma_reads(const WgmmaInstruction& instruction);
 
-// d [64][columns] += a b. Throws std::out_of_range if it reads outside `shared`.
+// d [64][columns] += a b, with sums that are rounded, not cut: the same in the 16 bits of its
+// factors, and much faster here. Throws std::out_of_range if it reads outside `shared`.
 void wgmma_multiply(const WgmmaInstruction& instruction, std::span<const std::byte> shared,
                     float* d);
 

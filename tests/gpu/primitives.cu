@@ -485,8 +485,11 @@ double engine_error(const TensorMapEncoder& encode, double (*allowed)(int depth)
   constexpr bool kUsesMaps = Engine::kProducerWarps == 1;
   double largest = 0;
   Random random(6);
-  for (const auto& [depth, width] : std::vector<std::pair<int, int>>{
-           {512, 512}, {25 * kPiece, 41 * kPiece}, {kPiece, kPiece}, {1024 + kPiece, 64}}) {
+  for (const auto& [depth, width] : std::vector<std::pair<int, int>>{{512, 512},
+                                                                     {25 * kPiece, 41 * kPiece},
+                                                                     {kPiece, kPiece},
+                                                                     {1024 + kPiece, 64},
+                                                                     {4096, kPiece}}) {
     const testing::Operands<Element> operands(random, 3 * Engine::kBlockRows, 3, depth, width);
     DeviceArray<Element> rows(operands.row_values);
     DeviceArray<Element> even(operands.even_values);
@@ -525,7 +528,8 @@ double engine_error(const TensorMapEncoder& encode, double (*allowed)(int depth)
 
 template <typename Engine>
 void check_engine(const TensorMapEncoder& encode, const std::string& name) {
-  const double error = engine_error<Engine>(encode, testing::allowed_error);
+  const double error =
+      engine_error<Engine>(encode, testing::allowed_error<typename Engine::Element>);
   report(name, error <= 1, "error / allowed " + std::to_string(error));
 }
 
@@ -563,7 +567,7 @@ int run() {
   // One product of tf32 is not that exact, which shows that the bound above is one.
   using Tf32Engine = cuda::Sm80Engine<float, 128, FloatProduct::kTf32>;
   const double tf32 = engine_error<Tf32Engine>(encode, testing::allowed_tf32_error);
-  const double as_float = engine_error<Tf32Engine>(encode, testing::allowed_error);
+  const double as_float = engine_error<Tf32Engine>(encode, testing::allowed_error<float>);
   report("Sm80Engine float 128 rows, tf32", tf32 <= 1 && as_float > 1,
          "error / allowed " + std::to_string(tf32));
   return failures == 0 ? 0 : 1;
