@@ -55,10 +55,9 @@ void Shadow::check_after_reads(const Cell& cell, size_t offset, const Accessor& 
     if (before(cell.reader, cell.read_epoch, a)) return;
     report(Conflict::Kind::kRace, true, false, offset, a, cell, cell.reader, cell.read_epoch);
   }
-  const Readers& readers = readers_[cell.read_epoch - base_ - 1];
-  for (size_t i = 0; i < readers.ids.size(); ++i) {
-    if (before(readers.ids[i], readers.epochs[i], a)) continue;
-    report(Conflict::Kind::kRace, true, false, offset, a, cell, readers.ids[i], readers.epochs[i]);
+  for (const Reader& reader : readers_[cell.read_epoch - base_ - 1]) {
+    if (before(reader.id, reader.epoch, a)) continue;
+    report(Conflict::Kind::kRace, true, false, offset, a, cell, reader.id, reader.epoch);
   }
 }
 
@@ -70,7 +69,8 @@ void Shadow::record_read(Cell& cell, const Accessor& a) {
       cell.read_epoch = a.epoch;
       return;
     }
-    readers_.push_back({{cell.reader}, {cell.read_epoch}});
+    readers_.emplace_back().reserve(8);
+    readers_.back().push_back({cell.reader, cell.read_epoch});
     cell.reader = kManyReaders;
     cell.read_epoch = base_ + static_cast<uint32_t>(readers_.size());
   }
@@ -79,30 +79,16 @@ void Shadow::record_read(Cell& cell, const Accessor& a) {
 
 void Shadow::add_reader(Cell& cell, const Accessor& a) {
   Readers& readers = readers_[cell.read_epoch - base_ - 1];
-  const size_t count = readers.ids.size();
-  size_t found = count;
-  for (size_t i = count; i-- > 0;) {
-    if (readers.ids[i] == a.id) {
-      found = i;
-      break;
-    }
-  }
-  if (found < count) {
-    readers.epochs[found] = a.epoch;
+  const auto same = std::find_if(readers.rbegin(), readers.rend(),
+                                 [&](const Reader& reader) { return reader.id == a.id; });
+  if (same != readers.rend()) {
+    same->epoch = a.epoch;
     return;
   }
-  if ((count & (count - 1)) == 0) {  // now and then
-    size_t kept = 0;
-    for (size_t i = 0; i < count; ++i) {
-      if (before(readers.ids[i], readers.epochs[i], a)) continue;
-      readers.ids[kept] = readers.ids[i];
-      readers.epochs[kept++] = readers.epochs[i];
-    }
-    readers.ids.resize(kept);
-    readers.epochs.resize(kept);
+  if (std::has_single_bit(readers.size())) {  // now and then
+    std::erase_if(readers, [&](const Reader& r) { return before(r.id, r.epoch, a); });
   }
-  readers.ids.push_back(a.id);
-  readers.epochs.push_back(a.epoch);
+  readers.push_back({a.id, a.epoch});
 }
 
 void Shadow::read_cell(Cell& cell, size_t offset, const Accessor& a) {
@@ -202,12 +188,8 @@ void Shadow::relabel(size_t offset, size_t bytes, bool write, Id from, uint32_t 
       cell.write_epoch = to_epoch;
     } else if (!live(cell.read_epoch)) {
     } else if (cell.reader == kManyReaders) {
-      Readers& readers = readers_[cell.read_epoch - base_ - 1];
-      for (size_t i = 0; i < readers.ids.size(); ++i) {
-        if (readers.ids[i] == from && readers.epochs[i] == from_epoch) {
-          readers.ids[i] = to;
-          readers.epochs[i] = to_epoch;
-        }
+      for (Reader& reader : readers_[cell.read_epoch - base_ - 1]) {
+        if (reader.id == from && reader.epoch == from_epoch) reader = {to, to_epoch};
       }
     } else if (cell.reader == from && cell.read_epoch == from_epoch) {
       cell.reader = to;

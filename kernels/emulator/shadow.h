@@ -95,10 +95,11 @@ class Shadow {
   }
 
  private:
-  struct Readers {
-    std::vector<Id> ids;
-    std::vector<uint32_t> epochs;
+  struct Reader {
+    Id id;
+    uint32_t epoch;
   };
+  using Readers = std::vector<Reader>;
 
   bool live(uint32_t epoch) const { return epoch > base_; }
   bool before(Id id, uint32_t epoch, const Accessor& a) const {

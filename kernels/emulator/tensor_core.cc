@@ -142,9 +142,9 @@ MatrixPlace wgmma_d_place(int thread, int index) {
 
 void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint32_t, 4>& a,
               const WarpRegisters<uint32_t, 2>& b) {
-  float a_values[16][16];
-  float b_values[16][8];
-  float sums[16][8];
+  double a_values[16][16];
+  double b_values[16][8];
+  double sums[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     for (int element = 0; element < elements_per_register(type); ++element) {
       for (int i = 0; i < 4; ++i) {
@@ -165,19 +165,16 @@ void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint
   const int at_once = depth / 2;
   for (int i = 0; i < 16; ++i) {
     for (int first = 0; first < depth; first += at_once) {
-      double exact[8];
-      for (int j = 0; j < 8; ++j) exact[j] = sums[i][j];
       for (int k = first; k < first + at_once; ++k) {
-        const double factor = a_values[i][k];
-        for (int j = 0; j < 8; ++j) exact[j] += factor * b_values[k][j];
+        for (int j = 0; j < 8; ++j) sums[i][j] += a_values[i][k] * b_values[k][j];
       }
-      for (int j = 0; j < 8; ++j) sums[i][j] = cut(exact[j]);
+      for (int j = 0; j < 8; ++j) sums[i][j] = cut(sums[i][j]);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const MatrixPlace place = mma_d_place(lane, i);
-      d[lane][i] = sums[place.row][place.column];
+      d[lane][i] = static_cast<float>(sums[place.row][place.column]);
     }
   }
 }
