@@ -35,6 +35,13 @@ struct Section {
 
 inline constexpr int64_t kSectionAlignment = 128;
 
+// A section after the first `bytes` bytes, which then include it.
+FLASHMOE_HOST_DEVICE inline Section append_section(int64_t& bytes, int64_t count, int64_t stride) {
+  const Section section{bytes, count, stride};
+  bytes = round_up(bytes + section.bytes(), kSectionAlignment);
+  return section;
+}
+
 struct HeapLayout {
   Section counts;           // int32 [2][P][E]: rows each source wants to send
   Section counted;          // signal [2][P]: epoch and call-site tag of the counts of a source
@@ -52,23 +59,16 @@ struct HeapLayout {
     const int64_t rows = shape.recv_rows();
     const int64_t row_bytes = int64_t{shape.hidden} * traffic.element_bytes;
     constexpr int64_t kSignal = sizeof(uint64_t);
-    counts = place(2 * int64_t{shape.num_pes} * shape.num_experts, sizeof(int32_t));
-    counted = place(2 * int64_t{shape.num_pes}, kSignal);
-    recv = place(rows, row_bytes);
-    recv_x = place(traffic.resend_rows ? rows : 0, row_bytes);
-    origin = place(rows, sizeof(Origin));
-    weight = place(traffic.backward ? rows : 0, sizeof(float));
-    arrived = place(shape.row_blocks(), kSignal);
-    returned = place(shape.slots(), row_bytes);
-    returned_weight = place(traffic.backward ? shape.slots() : 0, sizeof(float));
-    came_back = place(shape.token_blocks(), kSignal);
-  }
-
- private:
-  FLASHMOE_HOST_DEVICE Section place(int64_t count, int64_t stride) {
-    const Section section{bytes, count, stride};
-    bytes = round_up(bytes + section.bytes(), kSectionAlignment);
-    return section;
+    counts = append_section(bytes, 2 * int64_t{shape.num_pes} * shape.num_experts, sizeof(int32_t));
+    counted = append_section(bytes, 2 * int64_t{shape.num_pes}, kSignal);
+    recv = append_section(bytes, rows, row_bytes);
+    recv_x = append_section(bytes, traffic.resend_rows ? rows : 0, row_bytes);
+    origin = append_section(bytes, rows, sizeof(Origin));
+    weight = append_section(bytes, traffic.backward ? rows : 0, sizeof(float));
+    arrived = append_section(bytes, shape.row_blocks(), kSignal);
+    returned = append_section(bytes, shape.slots(), row_bytes);
+    returned_weight = append_section(bytes, traffic.backward ? shape.slots() : 0, sizeof(float));
+    came_back = append_section(bytes, shape.token_blocks(), kSignal);
   }
 };
 

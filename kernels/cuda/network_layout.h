@@ -26,18 +26,11 @@ struct NetworkLayout {
   FLASHMOE_HOST_DEVICE NetworkLayout(const core::Shape& shape, const core::HeapLayout& heap)
       : bytes(heap.bytes) {
     constexpr int64_t kSignal = sizeof(uint64_t);
-    outgoing = place(shape.slots(), heap.recv.stride);
-    outgoing_origin = place(shape.slots(), sizeof(core::Origin));
-    arrived = place(shape.row_blocks(), kSignal);
-    came_back = place(shape.token_blocks(), kSignal);
-    second_done = place(shape.recv_rows() / kRowsOfPart, sizeof(uint32_t));
-  }
-
- private:
-  FLASHMOE_HOST_DEVICE core::Section place(int64_t count, int64_t stride) {
-    const core::Section section{bytes, count, stride};
-    bytes = core::round_up(bytes + section.bytes(), core::kSectionAlignment);
-    return section;
+    outgoing = core::append_section(bytes, shape.slots(), heap.recv.stride);
+    outgoing_origin = core::append_section(bytes, shape.slots(), sizeof(core::Origin));
+    arrived = core::append_section(bytes, shape.row_blocks(), kSignal);
+    came_back = core::append_section(bytes, shape.token_blocks(), kSignal);
+    second_done = core::append_section(bytes, shape.recv_rows() / kRowsOfPart, sizeof(uint32_t));
   }
 };
 

@@ -59,22 +59,16 @@ struct WorkspaceLayout {
                                        int32_t element_bytes)
       : bytes(0) {
     constexpr int64_t kInt = sizeof(int32_t);
-    control = place(1, sizeof(Control));
-    cta_counts = place(int64_t{ctas} * shape.num_experts, kInt);
-    position = place(shape.slots(), kInt);
-    send = place(shape.slots(), kInt);
-    start = place(int64_t{shape.num_pes} * shape.num_experts, kInt);
-    kept = place(shape.num_experts, kInt);
-    first_row = place(shape.num_experts, kInt);
-    first_done = place(shape.row_blocks(), kInt);
-    activated = place(shape.recv_rows(), int64_t{shape.intermediate} * element_bytes);
-  }
-
- private:
-  FLASHMOE_HOST_DEVICE core::Section place(int64_t count, int64_t stride) {
-    const core::Section section{bytes, count, stride};
-    bytes = core::round_up(bytes + section.bytes(), core::kSectionAlignment);
-    return section;
+    control = core::append_section(bytes, 1, sizeof(Control));
+    cta_counts = core::append_section(bytes, int64_t{ctas} * shape.num_experts, kInt);
+    position = core::append_section(bytes, shape.slots(), kInt);
+    send = core::append_section(bytes, shape.slots(), kInt);
+    start = core::append_section(bytes, int64_t{shape.num_pes} * shape.num_experts, kInt);
+    kept = core::append_section(bytes, shape.num_experts, kInt);
+    first_row = core::append_section(bytes, shape.num_experts, kInt);
+    first_done = core::append_section(bytes, shape.row_blocks(), kInt);
+    activated =
+        core::append_section(bytes, shape.recv_rows(), int64_t{shape.intermediate} * element_bytes);
   }
 };
 
