@@ -69,7 +69,7 @@ void Shadow::record_read(Cell& cell, const Accessor& a) {
       cell.read_epoch = a.epoch;
       return;
     }
-    readers_.emplace_back().reserve(8);
+    readers_.emplace_back().reserve(8);  // most sets then need no more
     readers_.back().push_back({cell.reader, cell.read_epoch});
     cell.reader = kManyReaders;
     cell.read_epoch = base_ + static_cast<uint32_t>(readers_.size());

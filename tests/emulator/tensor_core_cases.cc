@@ -181,6 +181,27 @@ void warp_products(uint64_t seed) {
   }
 }
 
+// Of 1 + 3/4 of its last bit the nearest float is the next one; a tensor core gives 1.
+void sums_are_cut(uint64_t) {
+  for (const MmaType type : {MmaType::kBFloat16, MmaType::kFloat16, MmaType::kTf32}) {
+    const auto bits = [&](float x) -> uint32_t {
+      if (type == MmaType::kTf32) return std::bit_cast<uint32_t>(x);
+      return type == MmaType::kBFloat16 ? cpu::from_float<BFloat16>(x).bits
+                                        : cpu::from_float<Float16>(x).bits;
+    };
+    for (const float sign : {1.0f, -1.0f}) {
+      emulator::WarpRegisters<float, 4> d{};
+      emulator::WarpRegisters<uint32_t, 4> a{};
+      emulator::WarpRegisters<uint32_t, 2> b{};
+      d[0][0] = sign;
+      a[0][0] = bits(sign * 0x1.8p-12f);
+      b[0][0] = bits(0x1p-12f);
+      emulator::mma_warp(type, d, a, b);
+      check(d[0][0] == sign, "towards 0");
+    }
+  }
+}
+
 // PTX ISA, `ldmatrix`: lane i holds columns 2 * (i % 4) and the next of row i / 4; transposed, of
 // the transposed matrix. Element (r, c) of matrix m is 100 * m + 10 * r + c.
 void ldmatrix(uint64_t) {
@@ -379,6 +400,7 @@ std::vector<Case> tensor_core_cases() {
       {"fragments of tf32", fragments_of_tf32},
       {"fragments of wgmma", fragments_of_wgmma},
       {"warp products", warp_products},
+      {"warp products: sums are cut", sums_are_cut},
       {"ldmatrix", ldmatrix},
       {"wgmma descriptors", descriptors},
       {"what wgmma reads", wgmma_reads},
