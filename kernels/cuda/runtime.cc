@@ -13,8 +13,8 @@ Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group
   const DeviceGuard guard(gpu);
   if (sizes.network) configuration_.kernel = network->find(sizes.dtype);
   load(configuration_, gpu_);
-  memory_ = std::make_unique<PeMemory>(configuration_);
   if (group == nullptr) {
+    memory_ = std::make_unique<PeMemory>(configuration_);
     own_heap_ = std::make_unique<DeviceMemory>(configuration_.heap.bytes);
     heaps_.push_back(own_heap_->data());
     return;
@@ -24,14 +24,17 @@ Reservation::Reservation(const CallSizes& sizes, int32_t gpu, const Group* group
   processes_ = group->processes;
   std::byte* const symmetric = nvshmem->allocate(configuration_.heap_bytes());
   for (const int32_t process : group->processes) {
-    std::byte* const address = nvshmem->address(symmetric, process);
-    if (address == nullptr && !sizes.network) {
-      throw std::runtime_error("GPU " + std::to_string(gpu) + " of process " +
-                               std::to_string(nvshmem->rank()) +
-                               " cannot address the memory of process " + std::to_string(process) +
-                               ", which it could when NVSHMEM started");
+    heaps_.push_back(nvshmem->address(symmetric, process));
+    if (heaps_.back() == nullptr && !sizes.network) {
+      why_unusable_ = "GPU " + std::to_string(gpu) + " of process " +
+                      std::to_string(nvshmem->rank()) + " cannot address the memory of process " +
+                      std::to_string(process) + ", which it could when NVSHMEM started";
     }
-    heaps_.push_back(address);
+  }
+  try {
+    memory_ = std::make_unique<PeMemory>(configuration_);
+  } catch (const std::runtime_error& error) {
+    why_unusable_ = error.what();
   }
   check_cuda(cudaMemset(heaps_[rank_], 0, static_cast<size_t>(configuration_.heap_bytes())),
              "zeroing the symmetric heap");
@@ -44,6 +47,7 @@ Reservation::~Reservation() {
 }
 
 void Reservation::launch(const Call& call, const PeBuffers& buffers, cudaStream_t stream) const {
+  if (!why_unusable_.empty()) throw std::runtime_error(why_unusable_);
   if (const std::optional<std::string> message = failure()) {
     throw std::runtime_error("an earlier call failed: " + *message +
                              ". Its y is NaN. flashmoe_jax.runtime.reset() lets "
@@ -55,6 +59,7 @@ void Reservation::launch(const Call& call, const PeBuffers& buffers, cudaStream_
 }
 
 std::optional<std::string> Reservation::failure() const {
+  if (memory_ == nullptr) return std::nullopt;  // nothing was launched
   const ErrorRecord error = memory_->error();
   if (error.failure == static_cast<uint32_t>(Failure::kNone)) return std::nullopt;
   return describe(error, configuration_.shape);

@@ -80,6 +80,9 @@ class Reservation {
   std::vector<std::byte*> heaps_;           // of all PEs; null: out of this GPU's reach
   std::vector<int32_t> processes_;          // of all PEs; empty without a group
   std::unique_ptr<PeMemory> memory_;
+  // Why this process cannot launch, if not empty. It is told then and not by the constructor: the
+  // others would wait for it in what is collective, while in a launch they have a deadline.
+  std::string why_unusable_;
 };
 
 class Runtime {
