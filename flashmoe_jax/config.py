@@ -67,11 +67,14 @@ class MoEConfig:
         capacity_factor: None: dropless. Otherwise an expert keeps at most `capacity(tokens)` rows.
         max_received_rows: Most rows that one PE accepts in a call; bounds its memory. None: the
             worst case, so that no row is dropped for want of memory.
-        save_rows: Keep the received rows for the backward pass. False: send them again.
+        save_rows: Keep the received rows for the backward pass. False: send them again. Without
+            effect on GPUs, where the backward pass is XLA's.
         save_preactivations: Keep the pre-activations for the backward pass. False: recompute them.
+            Without effect on GPUs.
         deadline_seconds: How long the fused implementation waits for other PEs, of which none gets
-            on, before the call fails. None: the environment variable FLASHMOE_DEADLINE_SECONDS, or
-            100.
+            on, before the call fails. On GPUs it counts from the start of each wait, whether others
+            get on or not: there it must be longer than one PE may be late, as by a checkpoint that
+            its process writes. None: the environment variable FLASHMOE_DEADLINE_SECONDS, or 100.
         router: How tokens choose their experts.
 
     Raises:

@@ -7,7 +7,8 @@
     recorded.plot("moe.png")
 
 The engine records every task of every worker (kernels/core/trace.h): when it began, when it stopped
-waiting for what it needs, when it was done. While nobody traces, that costs nothing.
+waiting for what it needs, when it was done. While nobody traces, that costs nothing. The engine is
+that of CPUs: the CUDA kernel records nothing.
 """
 
 import contextlib
@@ -146,10 +147,10 @@ class Trace:
 
 @contextlib.contextmanager
 def trace(max_records: int = 1_000_000) -> Iterator[Trace]:
-    """Records the tasks of all fused calls that start inside the `with` block.
+    """Records the tasks of all fused calls on CPUs that start inside the `with` block.
 
-    JAX dispatches asynchronously: call `jax.block_until_ready` on the results before the block
-    ends. What is not done by then is missing.
+    Calls on GPUs record nothing. JAX dispatches asynchronously: call `jax.block_until_ready` on
+    the results before the block ends. What is not done by then is missing.
 
     Args:
         max_records: Room, of 72 bytes for each task. Further tasks are counted in `Trace.lost`.
