@@ -1,6 +1,6 @@
-// Steps 1 to 3 of an epoch (design: route, publish, plan): the rows of every expert are counted,
-// ranked in token order and listed in the order of dispatch, the counts of all PEs exchanged, and
-// the plan computed. No atomic decides an order, so nothing changes from run to run.
+// Steps 1 to 3 of an epoch (docs/protocol.md: route, publish, plan): the rows of every expert are
+// counted, ranked in token order and listed in the order of dispatch, the counts of all PEs
+// exchanged, and the plan computed. No atomic decides an order, so nothing changes from run to run.
 //
 // Each CTA counts and ranks the slots of its own piece of tokens. After a barrier of the PE it
 // knows from the counts of all CTAs where its rows of each expert come in the PE's list. Meanwhile
