@@ -1,6 +1,11 @@
 // The NVSHMEM host library, loaded when a call first spans several GPUs, so that neither building
 // nor importing the module needs it. Symmetric memory and its addresses are all that is used where
 // GPUs address each other; kernels with the network transport also call NVSHMEM's device library.
+//
+// An expert group is a list of NVSHMEM's numbers of its PEs, not an NVSHMEM team, which would
+// narrow nothing: symmetric memory is allocated and freed by all PEs of the world together, and
+// barriers are needed only then. What the kernel exchanges itself needs addresses, or numbers, of
+// PEs alone.
 #pragma once
 
 #include <array>

@@ -3,6 +3,10 @@
 // which may be waiting for a peer. One heap serves all calls of the same sizes, since the calls of
 // a GPU's stream follow each other and all PEs execute them in the same order; the tag of a call
 // tells where they do not.
+//
+// XLA's stage "prepare" would be earlier, but has no stream, and in many of its releases no device.
+// Tracing and compiling are no place for it either: a process may do that for a program that it
+// never executes, or that others have compiled already, and allocating needs all of them.
 #pragma once
 
 #include <cstddef>

@@ -10,7 +10,8 @@ namespace flashmoe::device {
 
 // Tensor maps here describe at most 3 dimensions and a box with the 128-byte swizzle: the innermost
 // side of the box is 128 bytes, and in shared memory, whose address is a multiple of 1024, 16-byte
-// chunk c of the box's i-th 128-byte line lies at chunk c ^ (i % 8) of that line.
+// chunk c of the box's i-th 128-byte line lies at chunk c ^ (i % 8) of that line. There are no
+// other swizzles, for all lines of a tile have 128 bytes: 64 elements of 16 bits.
 
 FLASHMOE_DEVICE void tma_prefetch(const TensorMap* map) {
 #if FLASHMOE_EMULATED
