@@ -65,7 +65,8 @@ def route(
         config: The layer.
         key: Random key of the router's jitter; None: no jitter. The noise of a token depends on
             the key and on its place in x alone.
-        mask: [...] bool; a token where it is False is routed nowhere. None: all tokens are routed.
+        mask: [...] bool; a token where it is False is routed nowhere, whatever it holds, and has
+            the logits of a token of zeros. None: all tokens are routed.
 
     Returns:
         A `Routing` with the leading dimensions of x. Ties go to the lowest expert index.
@@ -90,6 +91,9 @@ def route_from(
     router = config.router
     dtype = accumulation_dtype(x.dtype)
     x = x.astype(dtype)
+    if mask is not None:
+        # Not only its logits: the gradient of the router is a product with x.
+        x = jnp.where(mask[..., None], x, 0)
     if key is not None and router.jitter > 0.0:
         x = x * _jitter(key, x, router.jitter, first_token)
     # The choice is discontinuous in the logits: no reduced-precision product here.

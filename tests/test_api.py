@@ -234,6 +234,34 @@ def test_mask_and_jitter_do_not_depend_on_the_sharding(make_mesh: MeshMaker) -> 
     np.testing.assert_array_equal(y[~mask], layer("dense")(x, only_shared)[0][~mask])
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["mask", "given"])
+@pytest.mark.parametrize("drops", [{}, {"capacity_factor": 1.0}], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("implementation", ["fused", "xla", "dense"])
+def test_tokens_that_are_routed_nowhere_may_hold_anything(
+    implementation: str, drops: dict[str, Any], given: bool, make_mesh: MeshMaker
+) -> None:
+    config = dataclasses.replace(CONFIG, num_shared_experts=0, use_bias=True, **drops)
+    x, params = make_inputs(32, config=config)
+    mask = np.arange(32) % 3 > 0
+    kwargs: dict[str, Any] = {"mask": mask}
+    if given:
+        kwargs = {"routing": fm.route(x, params, config, mask=mask)}
+    apply = layer(implementation, config, mesh=make_mesh(expert=4), **kwargs)
+
+    @jax.jit
+    def results(x: jax.Array, params: fm.MoEParams) -> Any:
+        y, pull_back, aux = jax.vjp(apply, x, params, has_aux=True)
+        return y, aux, pull_back(jnp.ones_like(y))
+
+    want = results(jnp.where(mask[:, None], x, 0), params)
+    for value in (np.nan, np.inf):
+        got = results(jnp.where(mask[:, None], x, value), params)
+        y, _, (d_x, _) = got
+        assert not np.asarray(y)[~mask].any()
+        assert not np.asarray(d_x)[~mask].any()
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_given_routing_with_mask_equals_own_routing(make_mesh: MeshMaker) -> None:
     x, params = make_inputs(3, 6)
     mask = jax.random.bernoulli(jax.random.key(1), 0.7, (3, 6))

@@ -215,7 +215,9 @@ def play_kernel(monkeypatch: pytest.MonkeyPatch, config: fm.MoEConfig) -> None:
         mask = routing[2].astype(bool) if routing[2].size else None
         made = fm.route(x, params, config, mask=mask)
         y, dropped = fused_cuda.xla_local(x, made.indices, made.weights, params, kernel.call)
-        return [y, dropped[None], made.logits, made.indices, made.weights]
+        # The kernel computes the logits of all tokens.
+        logits = jnp.matmul(x, params.router, precision=jax.lax.Precision.HIGHEST)
+        return [y, dropped[None], logits, made.indices, made.weights]
 
     monkeypatch.setattr(fused_cuda, "call_kernel", run)
 
@@ -247,6 +249,34 @@ def test_gradients_are_those_of_xla(
     assert any(np.any(leaf) for leaf in jax.tree.leaves(xla[1]))
     # The same operations in float32, which XLA fuses otherwise in another program.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fused, xla)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("given", [False, True], ids=["mask", "given"])
+def test_gradients_where_masked_tokens_hold_nan(
+    monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    config = make_config()
+    play_kernel(monkeypatch, config)
+    x, params = make_inputs(config)
+    mask = np.arange(32).reshape(8, 4) % 3 > 0
+    routing = fm.route(x, params, config, mask=mask) if given else None
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(x: jax.Array, params: fm.MoEParams) -> jax.Array:
+        y, aux = fm.moe(
+            x,
+            params,
+            config,
+            routing,
+            mask=None if given else mask,
+            implementation="fused",
+        )
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum() + aux.z_loss
+
+    got = loss(jnp.where(mask[..., None], x, np.nan), params)
+    jax.tree.map(np.testing.assert_array_equal, got, loss(x, params))
+    assert not np.asarray(got[1][0])[~mask].any()
 
 
 @pytest.mark.usefixtures("cuda")

@@ -1,6 +1,7 @@
 """The router against a NumPy loop in float64."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -149,6 +150,27 @@ def test_masked_tokens_go_nowhere_and_count_nowhere() -> None:
         fm.load_balance_loss(masked, config), fm.load_balance_loss(alone, config), rtol=FLOAT32
     )
     np.testing.assert_allclose(fm.z_loss(masked, config), fm.z_loss(alone, config), rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_masked_tokens_have_no_part_in_gradients(score: str, value: float) -> None:
+    config = make_config(score=score, jitter=0.1)
+    x, params = make_inputs(config)
+    mask = jnp.arange(T) % 3 != 0
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(x: jax.Array, router: jax.Array) -> jax.Array:
+        with_router = dataclasses.replace(params, router=router)
+        routing = fm.route(x, with_router, config, key=jax.random.key(7), mask=mask)
+        weighed = routing.weights @ jnp.arange(1.0, K + 1)
+        return weighed.sum() + fm.load_balance_loss(routing, config) + fm.z_loss(routing, config)
+
+    got = gradients(jnp.where(mask[:, None], x, value), params.router)
+    assert jnp.all(got[0][~mask] == 0)
+    for a, b in zip(got, gradients(x, params.router), strict=True):
+        assert jnp.any(b)
+        np.testing.assert_array_equal(a, b)
 
 
 def test_jitter_depends_on_key_and_place_alone() -> None:

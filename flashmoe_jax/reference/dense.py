@@ -35,6 +35,8 @@ def dense(
     invalid = invalid_tokens(indices, weights, call.config.num_experts)
     indices = jnp.where(invalid[:, None], -1, indices)
     keep, _, dropped = kept_rows(indices, call)
+    # A token that goes nowhere may hold anything, and NaN times no weight would be NaN.
+    tokens = jnp.where(keep.any(-1, keepdims=True), tokens, 0)
     weights = jnp.where(keep, weights, 0).astype(dtype)
     chosen = (indices[..., None] == jnp.arange(call.config.num_experts)).astype(dtype)
 
