@@ -11,6 +11,11 @@ import jax
 # As JAX calls NVIDIA GPUs, in its devices and in its lowering rules.
 CUDA_PLATFORMS = ("gpu", "cuda")
 
+ONE_PROCESS_PER_GPU = (
+    "the CUDA kernel spans several GPUs only with one process for each: start one per GPU and call "
+    "jax.distributed.initialize in all of them"
+)
+
 
 @functools.cache
 def _extension() -> ModuleType | ImportError:
@@ -45,6 +50,12 @@ def cuda_extension() -> ModuleType:
         ImportError: it was not built, or its libraries were not found.
     """
     return _or_raise(_cuda_extension())
+
+
+def cuda_extension_if_any() -> ModuleType | None:
+    """The extension module of the CUDA kernel, or None where it cannot be loaded."""
+    module = _cuda_extension()
+    return None if isinstance(module, ImportError) else module
 
 
 def _or_raise(module: ModuleType | ImportError) -> ModuleType:
@@ -93,15 +104,19 @@ def _why_not_cuda() -> str | None:
     return None if count else "CUDA finds no GPU"
 
 
+def gpus() -> list[jax.Device]:
+    """JAX's NVIDIA GPUs of this process, also where it computes on CPUs by default."""
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:  # JAX has no such backend.
+        return []
+
+
 def why_not_several_gpus() -> str | None:
     """Why the CUDA kernel cannot span several GPUs here, or None if it can."""
-    gpus = sum(device.platform in CUDA_PLATFORMS for device in jax.local_devices())
-    if gpus != 1:
-        return (
-            f"this process has {gpus} GPUs, and the CUDA kernel spans several GPUs only with one "
-            "process for each: start one per GPU and call jax.distributed.initialize in all of "
-            "them"
-        )
+    count = len(gpus())
+    if count != 1:
+        return f"this process has {count} GPUs, and {ONE_PROCESS_PER_GPU}"
     try:
         load_nvshmem()
     except RuntimeError as error:
@@ -109,8 +124,9 @@ def why_not_several_gpus() -> str | None:
     return None
 
 
+@functools.cache
 def load_nvshmem() -> tuple[int, int, int]:
-    """Loads the NVSHMEM host library, once, and returns its version.
+    """Loads the NVSHMEM host library and returns its version; asked anew only after a failure.
 
     Raises:
         RuntimeError: It is not installed, or of a version that does not fit.

@@ -216,11 +216,10 @@ def _gpu(module: Any, ordinal: int) -> dict[str, Any]:
 
 
 def _xla_limits() -> dict[int, int | None]:
-    """The most that XLA takes for itself, of each GPU on which JAX computes in this process."""
+    """The most that XLA takes for itself, of each GPU that JAX has in this process."""
     return {
         device.local_hardware_id: (device.memory_stats() or {}).get("bytes_limit")
-        for device in jax.local_devices()
-        if device.platform in _ffi.CUDA_PLATFORMS
+        for device in _ffi.gpus()
     }
 
 

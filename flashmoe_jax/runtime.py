@@ -62,10 +62,13 @@ def start() -> None:
 def check() -> None:
     """Waits for the GPUs and raises if a call has failed since the last `reset`.
 
+    Does nothing where the CUDA module is not there.
+
     Raises:
         CallError: One has; says which PE failed in which phase, and what it awaited.
     """
-    messages = _ffi.cuda_extension().failures()
+    module = _ffi.cuda_extension_if_any()
+    messages = [] if module is None else module.failures()
     if messages:
         raise CallError("; ".join(messages))
 
@@ -74,9 +77,11 @@ def reset() -> None:
     """Waits for the GPUs and frees all symmetric heaps; calls make new ones.
 
     For use after a failure, or to have the memory back. With NVSHMEM started, all processes must
-    call it.
+    call it. Does nothing where the CUDA module is not there.
     """
-    _ffi.cuda_extension().reset()
+    module = _ffi.cuda_extension_if_any()
+    if module is not None:
+        module.reset()
 
 
 def why_not_several_gpus() -> str | None:
@@ -153,7 +158,7 @@ def check_memory(call: LocalCall, tokens: int, dtype: jax.typing.DTypeLike, *, e
         raise ValueError(
             f"the symmetric heap and the workspace of one call would take "
             f"{(heap + workspace) / 2**30:.1f} GiB (the receive buffer of a PE has {rows} rows), "
-            f"but GPU {gpu} has {total / 2**30:.1f} GiB. {call.how_to_bound(tokens)}"
+            f"but GPU {gpu} {has}. {call.how_to_bound(tokens)}"
         )
 
 

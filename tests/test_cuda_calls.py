@@ -23,6 +23,19 @@ GIB = 2**30
 PROCESS_GROUPS = runtime.process_groups
 
 
+class FakeGpu:
+    """A GPU as JAX has it."""
+
+    local_hardware_id = 0
+
+    def __init__(self, pool_bytes: int | None = None) -> None:
+        self.pool_bytes = pool_bytes
+
+    def memory_stats(self) -> dict[str, int] | None:
+        # The limit is that of a pool that may grow to the whole GPU.
+        return self.pool_bytes and {"bytes_limit": 16 * GIB, "pool_bytes": self.pool_bytes}
+
+
 class FakeExtension:
     """`flashmoe_jax._cuda` on a machine with one GPU, recording what it is asked."""
 
@@ -88,6 +101,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeExtension]:
     """Makes this process believe that it computes on a GPU."""
     extension = FakeExtension()
     monkeypatch.setattr(_ffi, "_cuda_extension", lambda: extension)
+    monkeypatch.setattr(_ffi, "gpus", lambda: [FakeGpu()])
     monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: None)
     monkeypatch.setattr(api, "_platform", lambda mesh: "gpu")
     monkeypatch.setattr(runtime, "_started", True)
@@ -544,6 +558,14 @@ def test_a_failed_call_is_reported_until_reset(cuda: FakeExtension) -> None:
     runtime.check()
 
 
+def test_without_the_module_there_is_nothing_to_check_or_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_ffi, "_cuda_extension", lambda: ImportError("libcudart is missing"))
+    runtime.check()
+    runtime.reset()
+
+
 def test_why_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ffi, "_cuda_extension", lambda: ImportError("libcudart is missing"))
     reason = _ffi.unavailable_reason("gpu")
@@ -562,19 +584,30 @@ def test_why_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _ffi.unavailable_reason("cuda") == "CUDA finds no GPU (the driver is too old)"
 
 
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    _ffi.load_nvshmem.cache_clear()
+    yield
+    _ffi.load_nvshmem.cache_clear()
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_why_the_kernel_does_not_span_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = FakeExtension()
     monkeypatch.setattr(_ffi, "_cuda_extension", lambda: extension)
-    gpu = type("Gpu", (), {"platform": "gpu"})()
-    monkeypatch.setattr(jax, "local_devices", lambda: [gpu, gpu])
-    reason = _ffi.why_not_several_gpus()
-    assert reason is not None
-    assert reason.startswith("this process has 2 GPUs, and the CUDA kernel spans several GPUs only")
-    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-    assert _ffi.why_not_several_gpus() is None
+    assert _ffi.why_not_several_gpus().startswith("this process has 0 GPUs, and the CUDA kernel")
+    gpus = [FakeGpu(), FakeGpu()]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: {"cuda": gpus}[backend])
+    assert _ffi.why_not_several_gpus().startswith("this process has 2 GPUs, and the CUDA kernel")
+    del gpus[1]
 
     def too_old(path: str) -> tuple[int, int, int]:
         raise RuntimeError("NVSHMEM 3.1.0 was found")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "load_nvshmem", too_old)
+        assert _ffi.why_not_several_gpus() == "NVSHMEM 3.1.0 was found"
+    assert _ffi.why_not_several_gpus() is None
+    # A library that has been loaded is not asked for again, whatever traces.
     monkeypatch.setattr(extension, "load_nvshmem", too_old)
-    assert _ffi.why_not_several_gpus() == "NVSHMEM 3.1.0 was found"
+    assert _ffi.why_not_several_gpus() is None

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,7 +108,7 @@ GPU = {
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The CUDA extension of a machine with one GPU and a fitting NVSHMEM."""
     extension = SimpleNamespace(
         NVSHMEM_BUILT_FOR=(3, 3, 24),
@@ -120,7 +121,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     monkeypatch.setattr(_ffi, "_cuda_extension", lambda: extension)
     monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: None)
-    return extension
+    _ffi.load_nvshmem.cache_clear()
+    yield extension
+    _ffi.load_nvshmem.cache_clear()
 
 
 def cuda_lines() -> list[str]:
@@ -159,7 +162,7 @@ def test_the_memory_of_xla_and_of_nvshmem(monkeypatch: pytest.MonkeyPatch) -> No
     device = SimpleNamespace(
         platform="gpu", local_hardware_id=0, memory_stats=lambda: {"bytes_limit": 3 * 2**30}
     )
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(_ffi, "gpus", lambda: [device])
     monkeypatch.setenv("NVSHMEM_SYMMETRIC_SIZE", "2G")
     found = doctor._cuda()
     assert found["gpus"][0]["xla_limit_bytes"] == 3 * 2**30
@@ -174,11 +177,11 @@ def test_a_process_with_several_gpus(
     monkeypatch.undo()
     monkeypatch.setattr(_ffi, "_cuda_extension", lambda: cuda)
     device = SimpleNamespace(platform="gpu", local_hardware_id=0, memory_stats=dict)
-    monkeypatch.setattr(jax, "local_devices", lambda: [device, device])
+    monkeypatch.setattr(_ffi, "gpus", lambda: [device, device])
     found = doctor._cuda()
     assert "this process has 2 GPUs" in found["several_gpus"]
     assert "one per GPU and call jax.distributed.initialize" in found["several_gpus"]
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(_ffi, "gpus", lambda: [device])
     assert doctor._cuda()["several_gpus"] == "possible"
 
 
