@@ -125,7 +125,7 @@ def process_groups(mesh: Mesh | AbstractMesh, axis: str) -> np.ndarray:
 
 
 def check_memory(call: LocalCall, tokens: int, dtype: jax.typing.DTypeLike, *, exact: bool) -> None:
-    """Checks that what a call keeps on a GPU could ever fit there.
+    """Checks that what a call keeps on a GPU could ever fit there, beside what XLA holds.
 
     Args:
         call: The call.
@@ -154,7 +154,14 @@ def check_memory(call: LocalCall, tokens: int, dtype: jax.typing.DTypeLike, *, e
     heap, workspace, rows = module.required_memory(sizes, gpu)
     call.check_rows(tokens, rows)
     _, total = module.free_and_total_memory(gpu)
-    if heap + workspace > total:
+    held = _held_by_xla()
+    if heap + workspace > total - held:
+        has = f"has {total / 2**30:.1f} GiB"
+        if heap + workspace <= total:
+            has += (
+                f", of which XLA holds {held / 2**30:.1f} GiB; a lower "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION leaves more"
+            )
         raise ValueError(
             f"the symmetric heap and the workspace of one call would take "
             f"{(heap + workspace) / 2**30:.1f} GiB (the receive buffer of a PE has {rows} rows), "
@@ -162,7 +169,17 @@ def check_memory(call: LocalCall, tokens: int, dtype: jax.typing.DTypeLike, *, e
         )
 
 
+def _held_by_xla() -> int:
+    """Bytes of a GPU of this process that are XLA's for good.
+
+    Its pool never shrinks. The limit of the pool says less: in recent versions it is the whole GPU
+    by default, and without preallocation the pool may stay far below it.
+    """
+    gpus = _ffi.gpus()
+    statistics = gpus[0].memory_stats() if gpus else None
+    return (statistics or {}).get("pool_bytes", 0)
+
+
 def _first_gpu() -> int:
     """CUDA's ordinal of a GPU of this process; those of one process are alike."""
-    ordinal: int = jax.local_devices()[0].local_hardware_id
-    return ordinal
+    return next((gpu.local_hardware_id for gpu in _ffi.gpus()), 0)

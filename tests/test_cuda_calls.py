@@ -376,6 +376,24 @@ def test_memory_that_could_never_fit(cuda: FakeExtension) -> None:
     }
 
 
+def test_memory_beside_that_of_xla(cuda: FakeExtension, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(14 * GIB)
+    gpu.local_hardware_id = 3
+    monkeypatch.setattr(_ffi, "gpus", lambda: [gpu])
+    assert kernel_calls(lowered(make_config()))
+    gpu.pool_bytes += 1
+    message = (
+        r"take 2.0 GiB .*GPU 3 has 16.0 GiB, of which XLA holds 14.0 GiB; "
+        r"a lower XLA_PYTHON_CLIENT_MEM_FRACTION leaves more. Set MoEConfig.max_received_rows"
+    )
+    api._moe.clear_cache()
+    with pytest.raises(ValueError, match=message):
+        lowered(make_config())
+    cuda.total = GIB
+    with pytest.raises(ValueError, match=r"GPU 3 has 1.0 GiB. Set MoEConfig"):
+        lowered(make_config())
+
+
 Layers = Callable[[jax.Array], jax.Array]
 
 
