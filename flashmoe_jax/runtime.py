@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from flashmoe_jax import _ffi
+from flashmoe_jax import _ffi, _processes
 from flashmoe_jax.local_call import LocalCall
 
 
@@ -29,34 +29,45 @@ def start() -> None:
     """Starts NVSHMEM, which calls that span several GPUs need.
 
     All processes must call it, each with one GPU, before they trace such a call; after
-    `jax.distributed.initialize`. Later calls do nothing.
+    `jax.distributed.initialize`. Later calls do nothing, nor does one in a program of one process,
+    whose calls cannot span GPUs.
 
     Raises:
-        RuntimeError: NVSHMEM is missing, too old, or does not start.
+        RuntimeError: In all processes alike: NVSHMEM is missing, too old, or does not start in
+            some of them, or the kernel cannot span their GPUs.
     """
-    from jax.experimental import multihost_utils
-
     global _started
     with _lock:
-        if _started:
+        if _started or jax.process_count() == 1:
             return
-        reason = _ffi.why_not_several_gpus()
-        if reason is not None:
-            raise RuntimeError(reason)
-        mine = bytes(128)
-        if jax.process_index() == 0:
-            mine = _ffi.cuda_extension().nvshmem_unique_id()
-        agreed = multihost_utils.broadcast_one_to_all(np.frombuffer(mine, np.uint8))
-        _ffi.cuda_extension().start_nvshmem(
-            np.asarray(agreed, np.uint8).tobytes(),
-            jax.process_index(),
-            jax.process_count(),
-            _first_gpu(),
-        )
-        reach = np.asarray(_ffi.cuda_extension().nvshmem_reach())
-        reach = np.asarray(multihost_utils.process_allgather(reach), np.bool_)
-        _ffi.cuda_extension().set_nvshmem_reach(reach.ravel().tolist())
+        _processes.check_one_gpu_each()
+        ordinal = _first_gpu()
+        told = _processes.of_all(lambda: _before_start(ordinal))
+        gpus = [_processes.Gpu(*gpu) for gpu, _ in told]
+        _processes.check_alike(gpus)
+        _processes.check_atomics(gpus, ordinal)
+        unique_id = bytes.fromhex(told[0][1])
+        reach = _processes.of_all(lambda: _start_nvshmem(unique_id, ordinal))
+        _ffi.cuda_extension().set_nvshmem_reach([reached for row in reach for reached in row])
         _started = True
+
+
+def _before_start(gpu: int) -> tuple[_processes.Gpu, str]:
+    """The GPU of this process and, of process 0, NVSHMEM's unique id in hexadecimal."""
+    reason = _ffi.why_not_several_gpus()
+    if reason is not None:
+        raise RuntimeError(reason)
+    unique_id = b""
+    if jax.process_index() == 0:
+        unique_id = _ffi.cuda_extension().nvshmem_unique_id()
+    return _processes.gpu_of_this_process(gpu), unique_id.hex()
+
+
+def _start_nvshmem(unique_id: bytes, gpu: int) -> list[bool]:
+    """Starts it and says, of each process, whether this one's GPU addresses its memory."""
+    module = _ffi.cuda_extension()
+    module.start_nvshmem(unique_id, jax.process_index(), jax.process_count(), gpu)
+    return list(module.nvshmem_reach())
 
 
 def check() -> None:
@@ -87,12 +98,14 @@ def reset() -> None:
 def why_not_several_gpus() -> str | None:
     """Why calls cannot span several GPUs here, or None if they can."""
     reason = _ffi.why_not_several_gpus()
-    if reason is None and not _started:
-        return (
-            "NVSHMEM has not been started; call flashmoe_jax.runtime.start() in all processes, "
-            "after jax.distributed.initialize"
-        )
-    return reason
+    if reason is not None or _started:
+        return reason
+    if jax.process_count() == 1:
+        return f"this program has one process, and {_ffi.ONE_PROCESS_PER_GPU}"
+    return (
+        "NVSHMEM has not been started; call flashmoe_jax.runtime.start() in all processes, "
+        "after jax.distributed.initialize"
+    )
 
 
 def process_groups(mesh: Mesh | AbstractMesh, axis: str) -> np.ndarray:

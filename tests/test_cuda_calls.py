@@ -18,76 +18,9 @@ import flashmoe_jax as fm
 from flashmoe_jax import _ffi, api, fused_cuda, runtime
 from flashmoe_jax.cuda_call import KernelCall
 from tests.conftest import MeshMaker
+from tests.fake_cuda import GIB, FakeExtension, FakeGpu
 
-GIB = 2**30
 PROCESS_GROUPS = runtime.process_groups
-
-
-class FakeGpu:
-    """A GPU as JAX has it."""
-
-    local_hardware_id = 0
-
-    def __init__(self, pool_bytes: int | None = None) -> None:
-        self.pool_bytes = pool_bytes
-
-    def memory_stats(self) -> dict[str, int] | None:
-        # The limit is that of a pool that may grow to the whole GPU.
-        return self.pool_bytes and {"bytes_limit": 16 * GIB, "pool_bytes": self.pool_bytes}
-
-
-class FakeExtension:
-    """`flashmoe_jax._cuda` on a machine with one GPU, recording what it is asked."""
-
-    NVSHMEM_BUILT_FOR = (3, 3, 24)
-
-    def __init__(self) -> None:
-        self.sizes: list[dict[str, Any]] = []
-        self.failed: list[str] = []
-        self.started: list[tuple[int, int, int]] = []
-        self.total = 16 * GIB
-
-    def limits(self) -> dict[str, int]:
-        return {"num_experts": 512, "experts_per_token": 16, "num_pes": 64, "row_bytes": 16}
-
-    def gpu_count(self) -> int:
-        return 1
-
-    def handlers(self) -> dict[str, Any]:
-        return {}
-
-    def CallSizes(self, **sizes: Any) -> dict[str, Any]:
-        self.sizes.append(sizes)
-        return sizes
-
-    def required_memory(self, sizes: dict[str, Any], gpu: int) -> tuple[int, int, int]:
-        return GIB, GIB, 2 * sizes["max_rows"]
-
-    def free_and_total_memory(self, gpu: int) -> tuple[int, int]:
-        return 0, self.total
-
-    def failures(self) -> list[str]:
-        return self.failed
-
-    def reset(self) -> None:
-        self.failed = []
-
-    def load_nvshmem(self, path: str) -> tuple[int, int, int]:
-        return (3, 8, 0)
-
-    def nvshmem_unique_id(self) -> bytes:
-        return bytes(range(128))
-
-    def start_nvshmem(self, unique_id: bytes, rank: int, count: int, gpu: int) -> None:
-        assert unique_id == bytes(range(128))
-        self.started.append((rank, count, gpu))
-
-    def nvshmem_reach(self) -> list[bool]:
-        assert self.started
-        return [True]
-
-    def set_nvshmem_reach(self, reach: list[bool]) -> None:
-        self.reach = reach
 
 
 def groups_of_devices(mesh: Mesh, axis: str) -> np.ndarray:
@@ -329,6 +262,7 @@ def test_a_group_without_nvshmem(
 ) -> None:
     mesh = make_mesh(expert=4)
     monkeypatch.setattr(runtime, "_started", False)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match=r"NVSHMEM has not been started; call .*runtime.start"):
         lowered(make_config(), mesh=mesh)
     monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: "the test says no")
@@ -559,12 +493,16 @@ def test_where_the_devices_of_a_mesh_come_from(
     assert seen[1:] == [mesh, mesh]
 
 
-def test_nvshmem_starts_once(cuda: FakeExtension, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_needs_no_nvshmem(cuda: FakeExtension, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_started", False)
+    monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: "NVSHMEM is missing")
     runtime.start()
-    runtime.start()
-    assert [(rank, count) for rank, count, _ in cuda.started] == [(0, 1)]
-    assert cuda.reach == [True]
+    assert not cuda.started
+    assert runtime.why_not_several_gpus() == "NVSHMEM is missing"
+    monkeypatch.setattr(_ffi, "why_not_several_gpus", lambda: None)
+    reason = runtime.why_not_several_gpus()
+    assert reason is not None
+    assert reason.startswith("this program has one process, and the CUDA kernel spans several")
 
 
 def test_a_failed_call_is_reported_until_reset(cuda: FakeExtension) -> None:
