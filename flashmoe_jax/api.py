@@ -110,8 +110,9 @@ def moe(
         mask: [...] bool; the routed experts ignore a token where it is False. None: all tokens.
 
     Returns:
-        y [..., H] in the dtype of x, and a `MoEAux`. With "xla" or "dense", y of a token is NaN
-        where a traced `routing` is invalid; "fused" raises.
+        y [..., H] in the dtype of x, and a `MoEAux`. Where a traced `routing` is invalid, y of a
+        token is NaN with "xla" or "dense". "fused" raises on CPUs; on GPUs y is NaN, and the next
+        call on the same heap raises, or `flashmoe_jax.runtime.check()`.
 
     Raises:
         TypeError: A wrong type or dtype.
