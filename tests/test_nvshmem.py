@@ -241,7 +241,7 @@ _REACH_PROGRAM = """
 // usage: LIBRARY PES_OF_GROUP PE...
 int main(int count, char** arguments) {{
   flashmoe::cuda::Nvshmem nvshmem(arguments[1]);
-  nvshmem.start({{}}, 3, 5);
+  nvshmem.start({{}}, 3, 5, 0);
   for (int pe = 0; pe < 5; ++pe) std::printf("%d", nvshmem.reaches(pe));
   nvshmem.set_reach({{{reach}}});
   std::vector<int32_t> groups;

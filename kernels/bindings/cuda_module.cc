@@ -68,6 +68,31 @@ nb::tuple free_and_total_memory(int32_t gpu) {
   return nb::make_tuple(free, total);
 }
 
+std::string pci_bus_id(int32_t gpu) {
+  char text[32];
+  cuda::check_cuda(cudaDeviceGetPCIBusId(text, sizeof text, gpu), "cudaDeviceGetPCIBusId");
+  return text;
+}
+
+// Whether no signal is lost on the way to another GPU: signals are additions to a peer's memory.
+// True where that GPU is hidden, so that nobody knows, and where this one does not address it.
+bool peer_atomics(int32_t gpu, const std::string& bus_id) {
+  int peer = 0, atomics = 0;
+  if (cudaDeviceGetByPCIBusId(&peer, bus_id.c_str()) != cudaSuccess) {
+    cudaGetLastError();  // that another process's GPU is hidden from this one is no error
+    return true;
+  }
+  int access = 0;
+  if (peer != gpu) {
+    cuda::check_cuda(cudaDeviceCanAccessPeer(&access, gpu, peer), "cudaDeviceCanAccessPeer");
+  }
+  if (access == 0) return true;  // itself, or one that is reached over a network
+  cuda::check_cuda(
+      cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, gpu, peer),
+      "cudaDeviceGetP2PAttribute");
+  return atomics != 0;
+}
+
 nb::dict gpu(int32_t ordinal) {
   cudaDeviceProp properties;
   cuda::check_cuda(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
@@ -77,6 +102,7 @@ nb::dict gpu(int32_t ordinal) {
   dict["compute_capability"] =
       std::to_string(properties.major) + "." + std::to_string(properties.minor);
   dict["multiprocessors"] = properties.multiProcessorCount;
+  dict["pci_bus_id"] = pci_bus_id(ordinal);
   nb::list peers;
   for (int32_t peer = 0; peer < gpu_count(); ++peer) {
     int access = 0;
@@ -132,7 +158,10 @@ void bind_gpus(nb::module_& m) {
       },
       "CUDA versions.");
   m.def("gpu_count", gpu_count, "Raises RuntimeError where CUDA cannot say.");
-  m.def("gpu", gpu, "ordinal"_a, "Its name, compute capability, multiprocessors and peers.");
+  m.def("gpu", gpu, "ordinal"_a,
+        "Its name, compute capability, multiprocessors, PCI bus id and peers.");
+  m.def("peer_atomics", peer_atomics, "gpu"_a, "pci_bus_id"_a,
+        "Whether a GPU that addresses another's memory has native atomics there; true if unknown.");
   m.def("free_and_total_memory", free_and_total_memory, "gpu"_a, "Bytes.");
 }
 
@@ -167,7 +196,7 @@ void bind_runtime(nb::module_& m) {
       "Frees all symmetric heaps. Collective once NVSHMEM has started.");
   m.def(
       "reserved_bytes", [](int32_t gpu) { return Runtime::instance().reserved_bytes(gpu); },
-      "gpu"_a);
+      "gpu"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "describe_failure",
       [](uint32_t failure, int32_t pe, int64_t awaited, uint64_t expected, uint64_t seen,
@@ -186,6 +215,7 @@ void bind_nvshmem(nb::module_& m) {
   m.def(
       "load_nvshmem",
       [](const std::string& path) {
+        const nb::gil_scoped_release unlocked;
         return tuple_of(Runtime::instance().load_nvshmem(path).version());
       },
       "path"_a, "Loads the NVSHMEM host library and returns its version.");
@@ -202,7 +232,7 @@ void bind_nvshmem(nb::module_& m) {
         const nb::gil_scoped_release unlocked;
         // NVSHMEM keeps to the GPU that is current when it starts.
         cuda::check_cuda(cudaSetDevice(gpu), "cudaSetDevice");
-        nvshmem().start(unique_id, rank, count);
+        nvshmem().start(unique_id, rank, count, gpu);
       },
       "id"_a, "rank"_a, "count"_a, "gpu"_a, "Collective over all processes.");
   m.def(

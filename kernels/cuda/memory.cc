@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "kernels/cuda/driver.h"
+
 namespace flashmoe::cuda {
 
 void check_cuda(cudaError_t status, const std::string& what) {
@@ -11,12 +13,29 @@ void check_cuda(cudaError_t status, const std::string& what) {
                            cudaGetErrorString(status));
 }
 
+namespace {
+
+struct ContextFunctions {
+  decltype(&cuCtxGetCurrent) get;
+  decltype(&cuCtxSetCurrent) set;
+};
+
+const ContextFunctions& context_functions() {
+  static const ContextFunctions functions{
+      reinterpret_cast<decltype(&cuCtxGetCurrent)>(driver_function("cuCtxGetCurrent", 4000)),
+      reinterpret_cast<decltype(&cuCtxSetCurrent)>(driver_function("cuCtxSetCurrent", 4000))};
+  return functions;
+}
+
+}  // namespace
+
 DeviceGuard::DeviceGuard(int32_t ordinal) {
-  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+  // A driver that nobody has used yet refuses, and then there is no context.
+  if (context_functions().get(&before_) != CUDA_SUCCESS) before_ = nullptr;
   check_cuda(cudaSetDevice(ordinal), "cudaSetDevice");
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+DeviceGuard::~DeviceGuard() { context_functions().set(before_); }
 
 DeviceMemory::DeviceMemory(int64_t bytes) : bytes_(bytes) {
   void* data = nullptr;

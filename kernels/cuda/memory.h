@@ -1,6 +1,7 @@
 // Memory for the kernel that outlives a launch, and how errors of the CUDA runtime are reported.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -15,7 +16,8 @@ namespace flashmoe::cuda {
 // Throws std::runtime_error, with what was tried and what CUDA says, unless `status` is success.
 void check_cuda(cudaError_t status, const std::string& what);
 
-// Makes a GPU current for this thread for as long as it lives.
+// Makes a GPU current for this thread for as long as it lives. After it, the thread has the context
+// that it had, which may be none: cudaSetDevice would make one on GPU 0 for it.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t ordinal);
@@ -24,7 +26,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_;
+  CUcontext before_ = nullptr;
 };
 
 // Zeroed memory of the current GPU.

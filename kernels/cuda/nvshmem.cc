@@ -82,7 +82,7 @@ Nvshmem::UniqueId Nvshmem::unique_id() const {
   return id;
 }
 
-void Nvshmem::start(const UniqueId& id, int32_t rank, int32_t count) {
+void Nvshmem::start(const UniqueId& id, int32_t rank, int32_t count, int32_t gpu) {
   UniqueId copy = id;
   InitAttributes attributes{};
   attributes.version = kLayoutVersion<InitAttributes>;
@@ -102,6 +102,7 @@ void Nvshmem::start(const UniqueId& id, int32_t rank, int32_t count) {
                              " of " + std::to_string(count_) + " instead of " +
                              std::to_string(rank) + " of " + std::to_string(count));
   }
+  gpu_ = gpu;
   probe_ = allocate(1);
   started_ = true;
 }

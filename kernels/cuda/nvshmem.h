@@ -39,11 +39,13 @@ class Nvshmem {
 
   NvshmemVersion version() const { return version_; }
   UniqueId unique_id() const;
-  // Collective over all processes: PE `rank` of `count` starts, on the current GPU.
-  void start(const UniqueId& id, int32_t rank, int32_t count);
+  // Collective over all processes: PE `rank` of `count` starts, on GPU `gpu`, which is current, and
+  // which must be current whenever anything collective is called.
+  void start(const UniqueId& id, int32_t rank, int32_t count, int32_t gpu);
   bool started() const { return started_; }
   int32_t rank() const { return rank_; }
   int32_t count() const { return count_; }
+  int32_t gpu() const { return gpu_; }
 
   // Collective. Throws if any memory could not be had. The memory is not zeroed.
   std::byte* allocate(int64_t bytes) const;
@@ -72,6 +74,7 @@ class Nvshmem {
   bool started_ = false;
   int32_t rank_ = 0;
   int32_t count_ = 1;
+  int32_t gpu_ = 0;
   std::byte* probe_ = nullptr;  // symmetric, for reaches()
   std::vector<bool> reach_;
 };

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -57,10 +58,12 @@ class PeMemory {
 // What calls of one kind keep on one GPU of this process.
 class Reservation {
  public:
-  // Without a group, for one PE. Collective over all processes with one. `network` for sizes with
-  // the network transport.
-  Reservation(const CallSizes& sizes, int32_t gpu, const Group* group, const Nvshmem* nvshmem,
-              const NetworkKernels* network);
+  // For one PE.
+  Reservation(const CallSizes& sizes, int32_t gpu);
+  // For a PE of a group. Collective over all processes. `network` gives the kernels for sizes with
+  // the network transport; it may throw.
+  Reservation(const CallSizes& sizes, int32_t gpu, const Group& group, const Nvshmem& nvshmem,
+              const std::function<const NetworkKernels&()>& network);
   // Collective where the constructor was.
   ~Reservation();
   Reservation(const Reservation&) = delete;
@@ -69,7 +72,7 @@ class Reservation {
   const Configuration& configuration() const { return configuration_; }
   // Throws if an earlier launch failed.
   void launch(const Call& call, const PeBuffers& buffers, cudaStream_t stream) const;
-  // How the first launch that failed did so.
+  // How the first launch that failed did so, or why there can be none.
   std::optional<std::string> failure() const;
   // Waits until the GPU has nothing left to do.
   void synchronize() const;
@@ -84,8 +87,9 @@ class Reservation {
   std::vector<std::byte*> heaps_;           // of all PEs; null: out of this GPU's reach
   std::vector<int32_t> processes_;          // of all PEs; empty without a group
   std::unique_ptr<PeMemory> memory_;
-  // Why this process cannot launch, if not empty. It is told then and not by the constructor: the
-  // others would wait for it in what is collective, while in a launch they have a deadline.
+  // Why this process of a group cannot launch, if not empty. It is told then and not by the
+  // constructor: the others would wait for it for ever in what is collective, while in a launch
+  // they have a deadline.
   std::string why_unusable_;
 };
 
@@ -117,14 +121,18 @@ class Runtime {
     std::shared_ptr<Reservation> reservation;
   };
 
-  const Entry* look_up(const CallKind& kind, int32_t gpu) const;
+  // Null: there is none.
+  std::shared_ptr<Reservation> look_up(const CallKind& kind, int32_t gpu) const;
   Group group_of(const CallKind& kind) const;
   std::vector<Entry> entries() const;
 
-  mutable std::mutex mutex_;
+  // Held while anything is made or freed, which waits for GPUs and other processes.
+  std::mutex making_;
   std::unique_ptr<Nvshmem> nvshmem_;
   std::unique_ptr<NetworkKernels> network_;  // on the GPU of this process, once they are needed
-  std::vector<Entry> entries_;               // few: as many as there are sizes
+  // Never held while waiting for anything: who launches must not wait for who makes.
+  mutable std::mutex mutex_;
+  std::vector<Entry> entries_;  // few: as many as there are sizes
 };
 
 }  // namespace flashmoe::cuda

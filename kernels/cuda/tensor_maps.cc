@@ -1,34 +1,12 @@
 #include "kernels/cuda/tensor_maps.h"
 
-#include <cuda.h>
-#include <cuda_runtime_api.h>
-
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda/memory.h"
+#include "kernels/cuda/driver.h"
 
 namespace flashmoe::cuda {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, found at run time: libcuda must not be needed to import the module.
-Encode encoder() {
-  static const Encode function = [] {
-    constexpr unsigned kFirstVersion = 12000;  // CUDA 12.0
-    void* address = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, kFirstVersion,
-                                                cudaEnableDefault, &result),
-               "finding cuTensorMapEncodeTiled");
-    if (result != cudaDriverEntryPointSuccess || address == nullptr) {
-      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<Encode>(address);
-  }();
-  return function;
-}
 
 CUtensorMapDataType data_type(core::DType dtype) {
   switch (dtype) {
@@ -54,10 +32,12 @@ device::TensorMap encode_tensor_map(const TiledTensor& tensor) {
                             static_cast<cuuint32_t>(tensor.box_rows), 1};
   const cuuint32_t steps[] = {1, 1, 1};
   CUtensorMap map;
+  static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+      driver_function("cuTensorMapEncodeTiled", 12000));
   const CUresult result =
-      encoder()(&map, data_type(tensor.dtype), 3, const_cast<void*>(tensor.data), sizes, strides,
-                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, data_type(tensor.dtype), 3, const_cast<void*>(tensor.data), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled refuses a tensor [" +
                              std::to_string(tensor.planes) + "][" + std::to_string(tensor.rows) +
