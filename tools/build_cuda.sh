@@ -1,5 +1,6 @@
 #!/bin/sh
-# Compiles the CUDA module with a toolchain from PyPI, imports it, and checks its machine code.
+# Compiles the CUDA module with a toolchain from PyPI, tests what needs no GPU, and checks its
+# machine code.
 # Needs neither a GPU nor CUDA on the machine.
 #
 # usage: tools/build_cuda.sh PYTHON     the interpreter of an environment that venv.sh has made
@@ -31,6 +32,9 @@ cmake --build $build --target _cuda
 say "Compiled in $(($(seconds) - start)) s"
 
 PYTHONPATH=$build/kernels "$python" -c 'import _cuda; print("==> It imports:", _cuda.__file__)'
+# With FLASHMOE_CUDA=1 its tests are not skipped.
+FLASHMOE_CUDA=1 PYTHONPATH=$build/kernels:tools "$python" -m pytest -q -p built_cuda \
+  tests/test_cuda_module.py
 (cd $build/kernels && ls -l _cuda*.so ./*.cu.o network_*.fatbin)
 say "Machine code"
 set --
