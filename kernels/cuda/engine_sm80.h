@@ -31,6 +31,12 @@ struct Sm80Engine {
                 kFloat);
   static_assert(kBlockRows_ == 128 || kBlockRows_ == 64);
 
+  // Whether products have the error of float, or of a 16-bit element type.
+  static constexpr bool kExact = !kFloat || kFloatProduct == FloatProduct::kThreeTf32;
+  // Whether rows and weights are described by PeArguments::maps.
+  static constexpr bool kTensorMaps = false;
+  static constexpr int kSharedLimit = 163 * 1024;  // bytes that a CTA may have on 8.0
+
   static constexpr int kBlockRows = kBlockRows_;
   static constexpr int kChunks = 2;
   static constexpr int kColumns = kChunks * kChunkColumns;

@@ -27,6 +27,12 @@ struct Sm90Engine {
   static_assert(std::is_same_v<Element, core::BFloat16> || std::is_same_v<Element, core::Float16>);
   static_assert(kBlockRows_ == 128 || kBlockRows_ == 64);
 
+  // Whether products have the error of float, or of a 16-bit element type.
+  static constexpr bool kExact = true;
+  // Whether rows and weights are described by PeArguments::maps.
+  static constexpr bool kTensorMaps = true;
+  static constexpr int kSharedLimit = 227 * 1024;  // bytes that a CTA may have on 9.0
+
   static constexpr int kBlockRows = kBlockRows_;
   static constexpr int kChunks = 4;
   static constexpr int kColumns = kChunks * kChunkColumns;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/kernel.h"
-#include "kernels/cuda/variants.h"
+#include "kernels/cuda/variant_of.h"
 
 namespace flashmoe::cuda {
 
@@ -12,28 +12,14 @@ __global__ void __launch_bounds__(Engine::kThreads, 1)
   run_kernel<Engine, DirectTransport>(arguments);
 }
 
-// Without a kernel: the one with the network transport.
 template <typename Engine>
-KernelVariant network_variant(core::DType dtype, bool exact, bool tensor_maps) {
-  return KernelVariant{
-      .dtype = dtype,
-      .exact = exact,
-      .block_rows = Engine::kBlockRows,
-      .columns = Engine::kColumns,
-      .threads = Engine::kThreads,
-      .shared_bytes = sizeof(KernelShared<Engine>),
-      .tensor_maps = tensor_maps,
-      .network = true,
-      .kernel = nullptr,
-  };
+KernelVariant direct_variant() {
+  return variant_of<Engine>(false, reinterpret_cast<const void*>(&moe_kernel<Engine>));
 }
 
 template <typename Engine>
-KernelVariant variant(core::DType dtype, bool exact, bool tensor_maps) {
-  KernelVariant variant = network_variant<Engine>(dtype, exact, tensor_maps);
-  variant.network = false;
-  variant.kernel = reinterpret_cast<const void*>(&moe_kernel<Engine>);
-  return variant;
+KernelVariant network_variant() {
+  return variant_of<Engine>(true, nullptr);
 }
 
 }  // namespace flashmoe::cuda

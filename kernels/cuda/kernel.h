@@ -49,6 +49,10 @@ struct KernelShared {
   bool ok;                   // at the start of the launch
 };
 
+// Registers that a launch gives to each thread of the only CTA of a multiprocessor: 64 K of them,
+// in groups of 8, as ptxas has them by __launch_bounds__.
+constexpr int registers_of(int threads) { return 65536 / threads / 8 * 8; }
+
 template <typename Engine, typename Transport>
 struct Kernel {
   using Element = typename Engine::Element;
@@ -57,6 +61,7 @@ struct Kernel {
 
   static constexpr int kFirstMathWarp = Engine::kCommWarps + Engine::kProducerWarps;
   static_assert(kFirstMathWarp % 4 == 0, "math warps are whole warpgroups");
+  static_assert(sizeof(Shared) <= Engine::kSharedLimit, "no launch has so much shared memory");
 
   static constexpr int kPieces = Tiles<Engine, Transport>::kPiecesOfRow;
 
@@ -66,6 +71,10 @@ struct Kernel {
   static constexpr bool kMovesRegisters = Engine::kMovesRegisters && !Transport::kNetwork;
   static constexpr int kOtherRegisters = 104;
   static constexpr int kMathRegisters = 200;
+  static_assert(!kMovesRegisters ||
+                    kFirstMathWarp * kOtherRegisters + Engine::kMathWarps * kMathRegisters <=
+                        Engine::kThreads / device::kWarpSize * registers_of(Engine::kThreads),
+                "a math warp would wait for ever for registers that nobody gives back");
 
   const KernelArguments& arguments;
   Shared& shared;
@@ -213,11 +222,23 @@ struct Kernel {
     }
   }
 
+  // All results of a failed PE: y and what the gate answers are NaN, and no token has an expert.
   FLASHMOE_DEVICE void poison(const Context& context) const {
-    const int64_t size = int64_t{context.shape().tokens} * context.shape().hidden;
-    Element* y = static_cast<Element*>(context.pe.y);
-    const Element nan = device::from_float<Element>(device::not_a_number());
-    for (int64_t i = device::lane_index(); i < size; i += device::kWarpSize) y[i] = nan;
+    const core::Shape& shape = context.shape();
+    const float nan = device::not_a_number();
+    fill(static_cast<Element*>(context.pe.y), int64_t{shape.tokens} * shape.hidden,
+         device::from_float<Element>(nan));
+    fill(context.pe.dropped, 1, 0);
+    if (!arguments.routes) return;
+    const GateArguments& gate = arguments.gates[context.local];
+    fill(gate.logits, int64_t{shape.tokens} * shape.num_experts, nan);
+    fill(gate.weights, shape.slots(), nan);
+    fill(gate.indices, shape.slots(), -1);
+  }
+
+  template <typename T>
+  FLASHMOE_DEVICE static void fill(T* values, int64_t count, T value) {
+    for (int64_t i = device::lane_index(); i < count; i += device::kWarpSize) values[i] = value;
   }
 };
 

@@ -6,15 +6,14 @@ namespace flashmoe::cuda {
 
 std::span<const KernelVariant> sm80_variants() {
   using core::BFloat16;
-  using core::DType;
   using core::Float16;
   static const KernelVariant variants[] = {
-      variant<Sm80Engine<BFloat16, 128>>(DType::kBFloat16, true, false),
-      variant<Sm80Engine<BFloat16, 64>>(DType::kBFloat16, true, false),
-      variant<Sm80Engine<Float16, 128>>(DType::kFloat16, true, false),
-      variant<Sm80Engine<Float16, 64>>(DType::kFloat16, true, false),
-      network_variant<Sm80Engine<BFloat16, kNetworkBlockRows>>(DType::kBFloat16, true, false),
-      network_variant<Sm80Engine<Float16, kNetworkBlockRows>>(DType::kFloat16, true, false),
+      direct_variant<Sm80Engine<BFloat16, 128>>(),
+      direct_variant<Sm80Engine<BFloat16, 64>>(),
+      direct_variant<Sm80Engine<Float16, 128>>(),
+      direct_variant<Sm80Engine<Float16, 64>>(),
+      network_variant<Sm80Engine<BFloat16, kNetworkBlockRows>>(),
+      network_variant<Sm80Engine<Float16, kNetworkBlockRows>>(),
   };
   return variants;
 }

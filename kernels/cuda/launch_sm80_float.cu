@@ -6,14 +6,13 @@
 namespace flashmoe::cuda {
 
 std::span<const KernelVariant> sm80_float_variants() {
-  using core::DType;
   constexpr FloatProduct kTf32 = FloatProduct::kTf32;
   static const KernelVariant variants[] = {
-      variant<Sm80Engine<float, 128>>(DType::kFloat32, true, false),
-      variant<Sm80Engine<float, 64>>(DType::kFloat32, true, false),
-      variant<Sm80Engine<float, 128, kTf32>>(DType::kFloat32, false, false),
-      variant<Sm80Engine<float, 64, kTf32>>(DType::kFloat32, false, false),
-      network_variant<Sm80Engine<float, kNetworkBlockRows>>(DType::kFloat32, true, false),
+      direct_variant<Sm80Engine<float, 128>>(),
+      direct_variant<Sm80Engine<float, 64>>(),
+      direct_variant<Sm80Engine<float, 128, kTf32>>(),
+      direct_variant<Sm80Engine<float, 64, kTf32>>(),
+      network_variant<Sm80Engine<float, kNetworkBlockRows>>(),
   };
   return variants;
 }

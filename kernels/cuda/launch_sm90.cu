@@ -6,15 +6,14 @@ namespace flashmoe::cuda {
 
 std::span<const KernelVariant> sm90_variants() {
   using core::BFloat16;
-  using core::DType;
   using core::Float16;
   static const KernelVariant variants[] = {
-      variant<Sm90Engine<BFloat16, 128>>(DType::kBFloat16, true, true),
-      variant<Sm90Engine<BFloat16, 64>>(DType::kBFloat16, true, true),
-      variant<Sm90Engine<Float16, 128>>(DType::kFloat16, true, true),
-      variant<Sm90Engine<Float16, 64>>(DType::kFloat16, true, true),
-      network_variant<Sm90Engine<BFloat16, kNetworkBlockRows>>(DType::kBFloat16, true, true),
-      network_variant<Sm90Engine<Float16, kNetworkBlockRows>>(DType::kFloat16, true, true),
+      direct_variant<Sm90Engine<BFloat16, 128>>(),
+      direct_variant<Sm90Engine<BFloat16, 64>>(),
+      direct_variant<Sm90Engine<Float16, 128>>(),
+      direct_variant<Sm90Engine<Float16, 64>>(),
+      network_variant<Sm90Engine<BFloat16, kNetworkBlockRows>>(),
+      network_variant<Sm90Engine<Float16, kNetworkBlockRows>>(),
   };
   return variants;
 }

@@ -37,18 +37,17 @@ struct WarpLayout {
   int parts;
   int tiles;
 
-  static FLASHMOE_DEVICE WarpLayout of(int warps, int max_quads, int tokens, int all_quads) {
+  // In place: the emulator does not see where the result of a function is stored.
+  FLASHMOE_DEVICE void choose(int warps, int max_quads, int tokens, int all_quads) {
     const int token_tiles = (tokens + kTileTokens - 1) / kTileTokens;
     const int fewest = (all_quads + max_quads - 1) / max_quads;
-    int parts = token_tiles < warps ? warps / token_tiles : 1;
-    parts = parts < fewest ? fewest : parts;
-    parts = parts > all_quads ? all_quads : parts;
-    WarpLayout layout;
-    layout.quads = (all_quads + parts - 1) / parts;
-    layout.parts = (all_quads + layout.quads - 1) / layout.quads;
-    layout.tiles = warps / layout.parts;
-    layout.tiles = layout.tiles > token_tiles ? token_tiles : layout.tiles;
-    return layout;
+    int wanted = token_tiles < warps ? warps / token_tiles : 1;
+    wanted = wanted < fewest ? fewest : wanted;
+    wanted = wanted > all_quads ? all_quads : wanted;
+    quads = (all_quads + wanted - 1) / wanted;
+    parts = (all_quads + quads - 1) / quads;
+    const int room = warps / parts;
+    tiles = room > token_tiles ? token_tiles : room;
   }
 };
 
@@ -256,7 +255,7 @@ FLASHMOE_DEVICE void router_logits(const LogitsArguments& arguments, int32_t fir
     const int quads = (last_expert - first_expert + kQuadColumns - 1) / kQuadColumns;
     work.arguments = arguments;
     work.block = {first_token, last_token, first_expert, last_expert};
-    work.warps = WarpLayout::of(kWarps, kMaxQuads, last_token - first_token, quads);
+    work.warps.choose(kWarps, kMaxQuads, last_token - first_token, quads);
     work.layout = {quads, work.warps.tiles};
     const int room = (static_cast<int>(shared_bytes) - kRouterStagesOffset) / work.layout.bytes();
     work.stages = room < kMaxRouterStages ? room : kMaxRouterStages;

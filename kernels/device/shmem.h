@@ -6,6 +6,10 @@
 // `pe` is NVSHMEM's number of a PE.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
 #include "kernels/device/body.h"
 #include "kernels/device/identity.h"
 

@@ -22,6 +22,7 @@ std::vector<Case> schedule_cases();
 std::vector<Case> tensor_core_cases();
 std::vector<Case> gate_cases();
 std::vector<Case> put_cases();
+std::vector<Case> configuration_cases();
 
 // Which schedules the seeded cases of a kernel go through.
 struct Schedules {

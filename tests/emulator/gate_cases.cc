@@ -1,6 +1,7 @@
 // The gate on the emulator against double precision: its logits, then its experts and weights on
 // its own logits, with ties, biases, groups and masks.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -12,6 +13,7 @@
 #include "tests/emulator/cases.h"
 #include "tests/emulator/gate_reference.h"
 #include "tests/emulator/gate_sizes.h"
+#include "tests/emulator/jax_routings.h"
 #include "tests/native/harness.h"
 
 namespace flashmoe::testing {
@@ -168,6 +170,37 @@ void not_a_number(uint64_t seed) {
   }
 }
 
+// What JAX answers, on the same logits: those are the rows of the router, picked by the tokens.
+template <typename Element, int kThreads>
+void as_jax(uint64_t seed) {
+  for (const JaxRouting& jax : kJaxRoutings) {
+    Random random(seed);
+    GateProblem problem({.tokens = kJaxTokens,
+                         .hidden = kJaxTokens,
+                         .experts = kJaxExperts,
+                         .experts_per_token = kJaxK,
+                         .groups = jax.groups,
+                         .groups_per_token = jax.groups_per_token,
+                         .softmax = jax.softmax,
+                         .renormalize = jax.renormalize,
+                         .bias = !jax.bias.empty(),
+                         .scaling_factor = jax.scaling_factor},
+                        false, random);
+    for (size_t i = 0; i < problem.x.size(); ++i) problem.x[i] = i % (kJaxTokens + 1) == 0;
+    const auto scaled = [](int steps) { return static_cast<float>(steps) * kJaxStep; };
+    std::ranges::transform(jax.logits, problem.router.begin(), scaled);
+    std::ranges::transform(jax.bias, problem.bias.begin(), scaled);
+    const GateAnswer answer = run_gate<Element, kThreads>(problem, 2, seed);
+    check(answer.logits == problem.router, "other logits than the rows of the router");
+    check(answer.indices == jax.indices, "other experts than those that JAX chooses");
+    for (size_t i = 0; i < jax.weights.size(); ++i) {
+      check(std::fabs(answer.weights[i] - jax.weights[i]) <= 0x1p-20f * jax.weights[i],
+            "weight " + std::to_string(i) + " is " + std::to_string(answer.weights[i]) +
+                ", and that of JAX " + std::to_string(jax.weights[i]));
+    }
+  }
+}
+
 // The comparison passes what is right and catches every way to be wrong.
 void wrong_answers(uint64_t seed) {
   Random random(seed);
@@ -196,6 +229,8 @@ std::vector<Case> gate_cases() {
   std::vector<Case> cases;
   for_each_gate_test([&](const auto& test) { cases.push_back(right_case(test)); });
   cases.insert(cases.end(), {
+                                {"gate: as JAX, f32", as_jax<float, 512>},
+                                {"gate: as JAX, bf16", as_jax<BFloat16, 384>},
                                 {"gate: logits of some experts", logits_of_some_experts},
                                 {"gate: NaN logits", not_a_number},
                                 {"gate: wrong answers are caught", wrong_answers},

@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "tests/emulator/cases.h"
 #include "tests/emulator/emulated_kernel.h"
+#include "tests/emulator/kernel_suite.h"
 #include "tests/native/reference.h"
 
 namespace flashmoe::testing {
@@ -24,42 +24,17 @@ class KernelCases {
  public:
   explicit KernelCases(std::string engine) : engine_(std::move(engine)) {}
 
-  // Shapes and routings that lead to the edges, on 1 to 8 PEs.
-  std::vector<Case> suite() const {
+  // Layers of all kinds, on at most so many PEs, the gate inside, and calls that go wrong.
+  std::vector<Case> suite(int32_t most_pes = 8) const {
     std::vector<Case> cases;
-    const auto add = [&](const std::string& name, const Layer& layer, Routing routing) {
-      cases.push_back({"kernel " + engine_ + ": " + name, [=](uint64_t seed) {
-                         run_calls(layer, routing, seed, {.ctas = 1 + static_cast<int>(seed % 3)});
+    for (SuiteCase& test : kernel_suite(cuda::kDTypeOf<Element>)) {
+      if (test.layer.shape.num_pes > most_pes) continue;
+      test.layer.factor_error = kFactorError;
+      cases.push_back({"kernel " + engine_ + ": " + test.name, [=](uint64_t seed) {
+                         run_calls(test.layer, test.routing, seed,
+                                   {.ctas = 1 + static_cast<int>(seed % 3)});
                        }});
-    };
-    for (const int32_t pes : {1, 2, 4, 8}) {
-      const std::string on = std::to_string(pes) + (pes == 1 ? " PE, " : " PEs, ");
-      add(on + "gated, with biases", layer(pes, 9, 72, 136, 2 * pes, 2, kGated | kBiased),
-          Routing::kDistinct);
-      add(on + "not gated", layer(pes, 7, 136, 72, 2 * pes, 2, kBiased, Activation::kGelu),
-          Routing::kRepeating);
-      add(on + "skewed", layer(pes, 11, 64, 72, 4 * pes, 3, kGated), Routing::kSkewed);
     }
-    add("several tiles of columns", layer(2, 5, 264, 264, 4, 2, kGated | kBiased),
-        Routing::kDistinct);
-    add("several blocks of rows", layer(2, 150, 16, 24, 2, 1, kGated), Routing::kAllToOne);
-    add("one token", layer(1, 1, 8, 8, 4, 2, kGated | kBiased, Activation::kGeluTanh),
-        Routing::kDistinct);
-    add("no token", layer(2, 0, 8, 8, 4, 2, kGated | kBiased, Activation::kRelu),
-        Routing::kDistinct);
-    add("one expert has all", layer(4, 33, 16, 24, 8, 1, kGated, Activation::kRelu2),
-        Routing::kAllToOne);
-    add("PEs without rows", layer(4, 17, 16, 24, 16, 4, kGated, Activation::kRelu),
-        Routing::kSomePesMasked);
-    add("no row at all", layer(2, 9, 16, 16, 4, 2, kGated), Routing::kAllMasked);
-    add("512 experts, 16 of them for each token", layer(4, 1, 16, 8, 512, 16, kGated),
-        Routing::kDistinct);
-    Layer capacity = layer(4, 30, 16, 24, 8, 2, kGated);
-    capacity.shape.capacity = 7;
-    add("capacity", capacity, Routing::kSkewed);
-    Layer bounded = layer(4, 30, 16, 24, 8, 2, kGated);
-    bounded.shape.max_rows = 37;
-    add("bounded memory", bounded, Routing::kSkewed);
     if constexpr (Transport::kNetwork) {
       // Nodes of 1, 2 and 4 PEs.
       for (const int32_t node : {1, 2, 4}) {
@@ -90,6 +65,7 @@ class KernelCases {
                                                           .bias = true,
                                                           .mask = true,
                                                           .scaling_factor = 2.5f});
+    cases.push_back({"kernel " + engine_ + ": a PE never enters, with the gate", absent_pe_gated});
     cases.push_back({"kernel " + engine_ + ": bad index", bad_index});
     cases.push_back({"kernel " + engine_ + ": weight that is not finite", bad_weight});
     return cases;
@@ -120,13 +96,16 @@ class KernelCases {
   using Element = typename Engine::Element;
   using Activation = core::Activation;
   static constexpr int kGated = 1, kBiased = 2;
+  static constexpr double kFactorError = Engine::kExact ? 0 : 0x1p-11;  // tf32 has 11 bits
 
   static Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate,
                      int32_t experts, int32_t k, int parts,
                      Activation activation = Activation::kSilu) {
-    return kernel_layer({pes, tokens, hidden, intermediate, experts, k},
-                        emulated_variant<Engine, Transport>().dtype, (parts & kGated) != 0,
-                        (parts & kBiased) != 0, activation);
+    Layer of =
+        kernel_layer({pes, tokens, hidden, intermediate, experts, k}, cuda::kDTypeOf<Element>,
+                     (parts & kGated) != 0, (parts & kBiased) != 0, activation);
+    of.factor_error = kFactorError;
+    return of;
   }
 
   static void check_no_failure(const KernelResult& result) {
@@ -152,12 +131,9 @@ class KernelCases {
     std::vector<Problem> problems;
     KernelTrial trial;
     for (uint64_t epoch = 0; epoch < 2; ++epoch) {
-      Problem& problem = problems.emplace_back(of, Routing::kDistinct, 2 * seed + epoch);
-      std::vector<GateProblem>& gates = trial.gates.emplace_back();
-      for (Pe& pe : problem.pes) {
-        const GateProblem& gate = gates.emplace_back(sizes, std::is_same_v<Element, float>, random);
-        for (size_t i = 0; i < gate.x.size(); ++i) pe.x.set(static_cast<int64_t>(i), gate.x[i]);
-      }
+      GatedProblem gated(of, sizes, 2 * seed + epoch, random);
+      problems.push_back(std::move(gated.problem));
+      trial.gates.push_back(std::move(gated.gates));
     }
     check_no_failure(run_kernel_on_emulator<Engine, Transport>(problems, seed, trial));
     for (const Problem& problem : problems) check_forward(problem, expect(problem));
@@ -265,6 +241,28 @@ class KernelCases {
     }
     check(static_cast<double>(result.nanoseconds) < 2e9 * kShortDeadline,
           "it took " + std::to_string(result.nanoseconds) + " ns to end after the deadline");
+  }
+
+  // What the gates of the others have answered by then is poisoned too.
+  static void absent_pe_gated(uint64_t seed) {
+    const GateSizes sizes{.tokens = 5, .hidden = 16, .experts = 6, .experts_per_token = 2};
+    Random random(seed);
+    GatedProblem gated(layer(kPes, 5, 16, 24, 6, 2, kGated), sizes, seed, random);
+    std::vector<Problem> problems;
+    problems.push_back(std::move(gated.problem));
+    const KernelResult result = run_kernel_on_emulator<Engine, Transport>(
+        problems, seed,
+        {.ctas = 2,
+         .deadline = kShortDeadline,
+         .gates = {std::move(gated.gates)},
+         .edit = [](cuda::KernelArguments& arguments, size_t, int32_t pe) {
+           arguments.pes[0].absent = pe == 1;
+         }});
+    for (const size_t pe : {0, 2}) {
+      check_contains(result.failures[pe], {"no counts from PE 1"});
+      check_is_nan(problems[0].pes[pe].y, "PE " + std::to_string(pe));
+      check(problems[0].pes[pe].dropped[0] == 0, "a PE that failed has dropped rows");
+    }
   }
 
   // A PE gives up early, wherever it may be. All end, and a result is right or NaN.

@@ -18,6 +18,8 @@ std::vector<Case> kernel_cases_sm80(const Schedules& schedules) {
   add(KernelCases<cuda::Sm80Engine<core::BFloat16, 64>>("sm80 bf16, 64 rows").suite());
   add(KernelCases<cuda::Sm80Engine<core::Float16, 64>>("sm80 f16, 64 rows").suite());
   add(KernelCases<cuda::Sm80Engine<float, 64>>("sm80 f32, 64 rows").suite());
+  using Tf32Engine = cuda::Sm80Engine<float, 64, cuda::FloatProduct::kTf32>;
+  add(KernelCases<Tf32Engine>("sm80 tf32, 64 rows").suite(2));  // the products differ, no more
   add(KernelCases<cuda::Sm80Engine<core::BFloat16, 64>>("sm80 bf16, 64 rows").protocol(schedules));
   return cases;
 }

@@ -2,9 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/core/types.h"
+#include "kernels/cuda/call.h"
 #include "kernels/cuda/configuration.h"
+#include "tests/emulator/gate_reference.h"
+#include "tests/native/harness.h"
 #include "tests/native/problem.h"
 
 namespace flashmoe::testing {
@@ -49,8 +53,33 @@ inline cuda::CallSizes sizes_of(const Layer& layer) {
       .capacity = shape.capacity,
       .max_rows = shape.max_rows,
       .dtype = layer.dtype,
-      .exact = true,
+      .exact = layer.factor_error == 0,
   };
 }
+
+inline cuda::Gate gate_of(const GateSizes& sizes) {
+  return {
+      .softmax = sizes.softmax,
+      .renormalize = sizes.renormalize,
+      .scaling_factor = sizes.scaling_factor,
+      .num_groups = sizes.groups,
+      .groups_per_token = sizes.groups_per_token,
+  };
+}
+
+// A layer's problem whose tokens are those of gates, one for each PE, of the same sizes.
+struct GatedProblem {
+  Problem problem;
+  std::vector<GateProblem> gates;
+
+  GatedProblem(const Layer& layer, const GateSizes& sizes, uint64_t seed, Random& random)
+      : problem(layer, Routing::kDistinct, seed) {
+    for (Pe& pe : problem.pes) {
+      const GateProblem& gate =
+          gates.emplace_back(sizes, layer.dtype == core::DType::kFloat32, random);
+      for (size_t i = 0; i < gate.x.size(); ++i) pe.x.set(static_cast<int64_t>(i), gate.x[i]);
+    }
+  }
+};
 
 }  // namespace flashmoe::testing

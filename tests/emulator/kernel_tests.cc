@@ -1,6 +1,4 @@
 // Tests of the whole kernel, on the emulator.
-#include <iterator>
-#include <utility>
 #include <vector>
 
 #include "tests/emulator/cases.h"
@@ -9,9 +7,10 @@
 int main(int argc, char** argv) {
   using namespace flashmoe::testing;
   return run_cases(argc, argv, [](const Schedules& schedules) {
-    std::vector<Case> cases = kernel_cases_sm90(schedules);
-    std::vector<Case> more = kernel_cases_sm80(schedules);
-    std::move(more.begin(), more.end(), std::back_inserter(cases));
+    std::vector<Case> cases = configuration_cases();
+    for (auto& more : {kernel_cases_sm90(schedules), kernel_cases_sm80(schedules)}) {
+      cases.insert(cases.end(), more.begin(), more.end());
+    }
     return cases;
   });
 }

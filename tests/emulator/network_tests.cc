@@ -1,5 +1,4 @@
-// Tests of the whole kernel with the network transport, on the emulator. A program of its own, so
-// that faults planted in the kernel need not be compiled into both (tools/plant_kernel_faults.py).
+// Tests of the whole kernel with the network transport, on the emulator.
 #include <iterator>
 #include <utility>
 #include <vector>

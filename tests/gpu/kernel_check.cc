@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <future>
 #include <memory>
 #include <semaphore>
@@ -28,6 +29,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/memory.h"
 #include "tests/emulator/kernel_layer.h"
+#include "tests/emulator/kernel_suite.h"
 #include "tests/native/harness.h"
 #include "tests/native/problem.h"
 #include "tests/native/reference.h"
@@ -67,14 +69,20 @@ int64_t bytes_of(const Tensor& tensor) {
 
 struct PeOnGpu {
   OnGpu x, indices, weights, gate, up, down, gate_bias, up_bias, down_bias, y, dropped;
+  OnGpu router, selection_bias, mask, logits;  // where the kernel routes
   cuda::DeviceMemory heap, workspace;
   cuda::MappedError error;
 
   static OnGpu copy(const Tensor& tensor) { return {tensor.data(), bytes_of(tensor)}; }
 
-  PeOnGpu(const Pe& pe, const cuda::Configuration& configuration)
+  template <typename T>
+  static OnGpu copy(const std::vector<T>& values) {
+    return {values.data(), static_cast<int64_t>(values.size() * sizeof(T))};
+  }
+
+  PeOnGpu(const Pe& pe, const cuda::Configuration& configuration, const GateProblem* routed)
       : x(copy(pe.x)),
-        indices(pe.indices.data(), static_cast<int64_t>(pe.indices.size()) * 4),
+        indices(copy(pe.indices)),
         weights(copy(pe.weights)),
         gate(copy(pe.experts.gate)),
         up(copy(pe.experts.up)),
@@ -84,10 +92,16 @@ struct PeOnGpu {
         down_bias(copy(pe.experts.down_bias)),
         y(nullptr, bytes_of(pe.y)),
         dropped(nullptr, 4),
+        router(copy(routed == nullptr ? std::vector<float>{} : routed->router)),
+        selection_bias(copy(routed == nullptr ? std::vector<float>{} : routed->bias)),
+        mask(copy(routed == nullptr ? std::vector<uint8_t>{} : routed->mask)),
+        logits(nullptr, routed == nullptr ? 0
+                                          : int64_t{configuration.shape.tokens} *
+                                                configuration.shape.num_experts * 4),
         heap(configuration.heap.bytes),
         workspace(configuration.workspace.bytes) {}
 
-  cuda::PeBuffers buffers(const Layer& layer) const {
+  cuda::PeBuffers buffers(const Layer& layer, const GateProblem* routed) const {
     cuda::PeBuffers b{};
     b.x = x.as<void>();
     b.indices = indices.as<int32_t>();
@@ -100,6 +114,11 @@ struct PeOnGpu {
     b.down_bias = layer.biased ? down_bias.as<void>() : nullptr;
     b.y = y.as<void>();
     b.dropped = dropped.as<int32_t>();
+    if (routed == nullptr) return b;
+    b.router = router.as<float>();
+    if (!routed->bias.empty()) b.selection_bias = selection_bias.as<float>();
+    if (!routed->mask.empty()) b.mask = mask.as<uint8_t>();
+    b.logits = logits.as<float>();
     return b;
   }
 };
@@ -107,11 +126,12 @@ struct PeOnGpu {
 // All PEs of a problem on this GPU.
 class Run {
  public:
-  Run(Problem& problem, const cuda::Gpu& gpu)
-      : problem_(problem), configuration_(configure(problem.layer, gpu)) {
+  // With gates, of all PEs, the kernel routes.
+  Run(Problem& problem, const cuda::Gpu& gpu, const std::vector<GateProblem>& gates = {})
+      : problem_(problem), gates_(gates), configuration_(configure(problem.layer, gpu)) {
     cuda::load(configuration_, gpu);
-    for (const Pe& pe : problem.pes) {
-      pes_.push_back(std::make_unique<PeOnGpu>(pe, configuration_));
+    for (size_t i = 0; i < problem.pes.size(); ++i) {
+      pes_.push_back(std::make_unique<PeOnGpu>(problem.pes[i], configuration_, routed(i)));
     }
   }
 
@@ -137,20 +157,23 @@ class Run {
     std::vector<std::byte*> heaps;
     std::vector<cuda::PePlace> places;
     std::vector<cuda::PeBuffers> buffers;
-    for (auto& pe : pes_) {
-      pe->y.fill_with_nan();
-      pe->dropped.fill_with_nan();
-      heaps.push_back(pe->heap.data());
-      places.push_back({pe->workspace.data(), pe->error.device()});
-      buffers.push_back(pe->buffers(problem_.layer));
+    for (size_t i = 0; i < pes_.size(); ++i) {
+      PeOnGpu& pe = *pes_[i];
+      pe.y.fill_with_nan();
+      pe.dropped.fill_with_nan();
+      heaps.push_back(pe.heap.data());
+      places.push_back({pe.workspace.data(), pe.error.device()});
+      buffers.push_back(pe.buffers(problem_.layer, routed(i)));
     }
     if (absent >= 0) buffers[static_cast<size_t>(absent)].absent = true;
+    cuda::Gate gate{};
+    if (!gates_.empty()) gate = gate_of(gates_.front().sizes);
     const cuda::Call call{
         .activation = problem_.layer.activation,
         .tag = problem_.tag,
         .deadline = deadline,
         .check_weights = true,
-        .gate = nullptr,
+        .gate = gates_.empty() ? nullptr : &gate,
     };
     cuda::launch(configuration_, call, 0, heaps, places, buffers, nullptr);
     cuda::check_cuda(cudaDeviceSynchronize(), "running the kernel");
@@ -160,20 +183,31 @@ class Run {
       pes_[i]->dropped.read(problem_.pes[i].dropped.data());
       const cuda::ErrorRecord error = pes_[i]->error.read();
       if (error.failure != 0) failures.push_back(cuda::describe(error, configuration_.shape));
+      if (!gates_.empty()) read_routing(i);
     }
     return failures;
   }
 
  private:
+  const GateProblem* routed(size_t pe) const { return gates_.empty() ? nullptr : &gates_[pe]; }
+
+  // Into the problem, whose y then follows from it.
+  void read_routing(size_t pe) {
+    GateAnswer answer(gates_[pe].sizes);
+    pes_[pe]->logits.read(answer.logits.data());
+    pes_[pe]->indices.read(answer.indices.data());
+    pes_[pe]->weights.read(answer.weights.data());
+    const std::string error = gate_error(gates_[pe], answer);
+    check(error.empty(), "gate of PE " + std::to_string(pe) + ": " + error);
+    problem_.pes[pe].indices = answer.indices;
+    std::copy(answer.weights.begin(), answer.weights.end(),
+              static_cast<float*>(problem_.pes[pe].weights.data()));
+  }
+
   Problem& problem_;
+  const std::vector<GateProblem> gates_;
   cuda::Configuration configuration_;
   std::vector<std::unique_ptr<PeOnGpu>> pes_;
-};
-
-struct GpuCase {
-  std::string name;
-  Layer layer;
-  Routing routing;
 };
 
 Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate, int32_t experts,
@@ -182,8 +216,9 @@ Layer layer(int32_t pes, int32_t tokens, int32_t hidden, int32_t intermediate, i
                       activation);
 }
 
-std::vector<GpuCase> gpu_cases() {
-  std::vector<GpuCase> cases;
+// The suite of the emulator, and larger layers.
+std::vector<SuiteCase> gpu_cases() {
+  std::vector<SuiteCase> cases;
   const auto add = [&](const std::string& name, const Layer& l, Routing routing) {
     cases.push_back({name, l, routing});
   };
@@ -191,6 +226,9 @@ std::vector<GpuCase> gpu_cases() {
     const std::string type = dtype == DType::kBFloat16  ? "bf16"
                              : dtype == DType::kFloat16 ? "f16"
                                                         : "f32";
+    for (const SuiteCase& test : kernel_suite(dtype)) {
+      add(type + " " + test.name, test.layer, test.routing);
+    }
     for (const int32_t pes : {1, 2, 4, 8}) {
       const std::string name = type + " P=" + std::to_string(pes);
       add(name + " small blocks",
@@ -200,24 +238,21 @@ std::vector<GpuCase> gpu_cases() {
       add(name + " ungated", layer(pes, 130, 264, 264, 8, 2, dtype, false, true, Activation::kGelu),
           Routing::kRepeating);
     }
-    add(type + " one token", layer(1, 1, 8, 8, 4, 2, dtype, true, true, Activation::kGeluTanh),
-        Routing::kDistinct);
-    add(type + " no token", layer(2, 0, 8, 8, 4, 2, dtype, true, true, Activation::kRelu),
-        Routing::kDistinct);
-    add(type + " one expert", layer(4, 99, 64, 128, 8, 1, dtype, true, false, Activation::kRelu2),
-        Routing::kAllToOne);
-    add(type + " masked PEs", layer(4, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu),
+    add(type + " large, one expert",
+        layer(4, 99, 64, 128, 8, 1, dtype, true, false, Activation::kRelu2), Routing::kAllToOne);
+    add(type + " large, PEs without rows",
+        layer(4, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu),
         Routing::kSomePesMasked);
-    add(type + " masked", layer(2, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu),
-        Routing::kAllMasked);
-    add(type + " many experts",
+    add(type + " large, no row at all",
+        layer(2, 65, 64, 64, 16, 4, dtype, true, false, Activation::kRelu), Routing::kAllMasked);
+    add(type + " large, 512 experts",
         layer(4, 40, 32, 40, 512, 16, dtype, true, false, Activation::kSilu), Routing::kDistinct);
     Layer capacity = layer(4, 90, 96, 64, 16, 2, dtype, true, false, Activation::kSilu);
     capacity.shape.capacity = 17;
-    add(type + " capacity", capacity, Routing::kSkewed);
+    add(type + " large, capacity", capacity, Routing::kSkewed);
     Layer bounded = layer(4, 90, 96, 64, 16, 2, dtype, true, false, Activation::kSilu);
     bounded.shape.max_rows = 101;
-    add(type + " bounded memory", bounded, Routing::kSkewed);
+    add(type + " large, bounded memory", bounded, Routing::kSkewed);
   }
   return cases;
 }
@@ -235,13 +270,13 @@ struct Prepared {
   Problem problem;
   std::vector<Expected> expected;
 
-  Prepared(const GpuCase& test, uint64_t seed)
+  Prepared(const SuiteCase& test, uint64_t seed)
       : problem(test.layer, test.routing, seed), expected(expect(problem)) {}
 };
 
 // Prepares a case in a thread of its own, on as many cores as there are: the reference takes
 // seconds for what the GPU does in less than a millisecond.
-std::future<std::unique_ptr<Prepared>> prepare(const GpuCase& test, uint64_t seed) {
+std::future<std::unique_ptr<Prepared>> prepare(const SuiteCase& test, uint64_t seed) {
   static std::counting_semaphore<> cores(std::max(1u, std::thread::hardware_concurrency()));
   return std::async(std::launch::async, [test, seed] {
     cores.acquire();
@@ -251,23 +286,49 @@ std::future<std::unique_ptr<Prepared>> prepare(const GpuCase& test, uint64_t see
   });
 }
 
-void run_case(Prepared& prepared, const cuda::Gpu& gpu, const Options& options,
-              uint32_t epochs_before = 0) {
-  Problem& problem = prepared.problem;
-  const std::vector<Expected>& expected = prepared.expected;
-  Run run(problem, gpu);
-  run.set_epoch(epochs_before);
+// Results within their bounds, and the same bits in all epochs. `expected` is asked after the
+// first.
+void check_epochs(Run& run, const Problem& problem, const Options& options,
+                  const std::function<std::vector<Expected>()>& expected) {
   std::vector<std::byte> first;
   for (int i = 0; i < options.epochs; ++i) {
     const std::vector<std::string> failures = run.epoch(options.deadline);
     check(failures.empty(), failures.empty() ? "" : failures.front());
     const std::vector<std::byte> bytes = problem.result_bytes(false);
     if (i == 0) {
-      check_forward(problem, expected);
+      check_forward(problem, expected());
       first = bytes;
     }
     check(bytes == first, "epoch " + std::to_string(i) + " has other bits than epoch 0");
   }
+}
+
+void run_case(Prepared& prepared, const cuda::Gpu& gpu, const Options& options,
+              uint32_t epochs_before = 0) {
+  Run run(prepared.problem, gpu);
+  run.set_epoch(epochs_before);
+  check_epochs(run, prepared.problem, options, [&] { return prepared.expected; });
+}
+
+// The kernel routes by itself.
+void run_gated(const cuda::Gpu& gpu, int32_t pes, const Options& options) {
+  const GateSizes sizes{.tokens = 61,
+                        .hidden = 200,
+                        .experts = 64,
+                        .experts_per_token = 6,
+                        .groups = 8,
+                        .groups_per_token = 4,
+                        .softmax = false,
+                        .bias = true,
+                        .mask = true,
+                        .scaling_factor = 2.5f};
+  Random random(options.seed);
+  GatedProblem gated(
+      layer(pes, sizes.tokens, sizes.hidden, 72, sizes.experts, sizes.experts_per_token,
+            DType::kBFloat16, true, false, Activation::kSilu),
+      sizes, options.seed, random);
+  Run run(gated.problem, gpu, gated.gates);
+  check_epochs(run, gated.problem, options, [&] { return expect(gated.problem); });
 }
 
 // A PE that never enters: the others end with an error that names it, and with NaN.
@@ -277,7 +338,7 @@ void run_absent(const cuda::Gpu& gpu, uint64_t seed) {
   Run run(problem, gpu);
   const std::vector<std::string> failures = run.epoch(0.2, 2);
   check(failures.size() == 3, std::to_string(failures.size()) + " PEs of 3 report a failure");
-  for (const std::string& failure : failures) check_contains(failure, {"2"});
+  for (const std::string& failure : failures) check_contains(failure, {"no counts from PE 2"});
   for (const size_t pe : {0, 1, 3}) {
     for (int64_t i = 0; i < problem.pes[pe].y.size(); ++i) {
       const double y = problem.pes[pe].y.get(i);
@@ -290,9 +351,9 @@ void run_absent(const cuda::Gpu& gpu, uint64_t seed) {
 // The count of epochs overflows, and with it its parity goes on.
 void run_overflow(const cuda::Gpu& gpu, Options options) {
   options.epochs = 8;
-  const GpuCase test{"",
-                     layer(4, 64, 64, 64, 8, 2, DType::kBFloat16, true, false, Activation::kSilu),
-                     Routing::kSkewed};
+  const SuiteCase test{"",
+                       layer(4, 64, 64, 64, 8, 2, DType::kBFloat16, true, false, Activation::kSilu),
+                       Routing::kSkewed};
   Prepared prepared(test, options.seed);
   run_case(prepared, gpu, options, UINT32_MAX - 4);
 }
@@ -329,13 +390,17 @@ int run_all(const Options& options) {
   for (const cuda::Gpu& gpu : gpus) {
     const std::string engine = "sm" + std::to_string(gpu.major) + std::to_string(gpu.minor) + " ";
     std::vector<std::pair<std::string, std::future<std::unique_ptr<Prepared>>>> cases;
-    for (const GpuCase& test : gpu_cases()) {
+    for (const SuiteCase& test : gpu_cases()) {
       if (gpu.major == 9 && test.layer.dtype == DType::kFloat32) continue;  // same kernel as sm80
       const std::string name = engine + test.name;
       if (wanted(name)) cases.emplace_back(name, prepare(test, options.seed));
     }
     for (auto& [name, prepared] : cases) {
       attempt(name, [&] { run_case(*prepared.get(), gpu, options); });
+    }
+    for (const int32_t pes : {1, 2, 4, 8}) {
+      attempt(engine + "bf16 P=" + std::to_string(pes) + " gate inside",
+              [&] { run_gated(gpu, pes, options); });
     }
     attempt(engine + "a PE never enters", [&] { run_absent(gpu, options.seed); });
     attempt(engine + "the count of epochs overflows", [&] { run_overflow(gpu, options); });

@@ -5,7 +5,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,11 +20,13 @@
 #include "kernels/cuda/engine_sm90.h"
 #include "kernels/device/async_copy.h"
 #include "kernels/device/barrier.h"
+#include "kernels/device/element.h"
 #include "kernels/device/identity.h"
 #include "kernels/device/mbarrier.h"
 #include "kernels/device/memory_order.h"
 #include "kernels/device/mma.h"
 #include "kernels/device/tma.h"
+#include "kernels/device/warp.h"
 #include "kernels/device/wgmma.h"
 #include "kernels/emulator/tensor_core.h"
 #include "tests/emulator/engine_products.h"
@@ -156,6 +160,131 @@ void check_that_mma_cuts() {
   DeviceArray<MmaRegisters> device_lanes(lanes);
   launch(mma_kernel<float>, 32, 0, device_lanes.get());
   report("mma tf32 cuts what does not fit a sum", device_lanes.values()[0].d[0] == 1.0f);
+}
+
+struct WarpAnswer {
+  uint32_t shuffled, crossed, ballot, match;
+  int64_t wide;
+  int count, lowest, highest;
+  bool any, all, elected;
+};
+
+__global__ void warp_kernel(const uint32_t* values, WarpAnswer* answers) {
+  const int lane = device::lane_index();
+  const uint32_t value = values[lane];
+  answers[lane] = {
+      .shuffled = device::shuffle(value, (7 * lane + 3) % device::kWarpSize),
+      .crossed = device::shuffle_xor(value, 5),
+      .ballot = device::ballot(value % 2 != 0),
+      .match = device::match_any(value % 5),
+      .wide = device::shuffle(-int64_t{value} * value, 31 - lane),
+      .count = device::count_bits(value),
+      .lowest = device::lowest_bit(value | 0x80000000u),
+      .highest = device::highest_bit(value | 1u),
+      .any = device::any(lane == 9),
+      .all = device::all(lane != 9),
+      .elected = device::elect(),
+  };
+}
+
+void check_warp() {
+  Random random(6);
+  std::vector<uint32_t> values(32);
+  for (uint32_t& x : values) x = static_cast<uint32_t>(random.bits() >> random.between(32, 63));
+  DeviceArray<uint32_t> device_values(values);
+  DeviceArray<WarpAnswer> device_answers(32);
+  launch(warp_kernel, 32, 0, device_values.get(), device_answers.get());
+  const auto answers = device_answers.values();
+  uint32_t odd = 0;
+  int elected = 0;
+  bool shuffles = true, votes = true, bits = true;
+  for (size_t lane = 0; lane < 32; ++lane) {
+    odd |= (values[lane] % 2) << lane;
+    elected += answers[lane].elected;
+  }
+  for (size_t lane = 0; lane < 32; ++lane) {
+    const WarpAnswer& answer = answers[lane];
+    const uint32_t value = values[lane];
+    uint32_t same = 0;
+    for (size_t other = 0; other < 32; ++other) {
+      same |= uint32_t{values[other] % 5 == value % 5} << other;
+    }
+    shuffles &= answer.shuffled == values[(7 * lane + 3) % 32] &&
+                answer.crossed == values[lane ^ 5] &&
+                answer.wide == -int64_t{values[31 - lane]} * values[31 - lane];
+    votes &= answer.ballot == odd && answer.match == same && answer.any && !answer.all;
+    bits &= answer.count == std::popcount(value) &&
+            answer.lowest == std::countr_zero(value | 0x80000000u) &&
+            answer.highest == 31 - std::countl_zero(value | 1u);
+  }
+  report("shuffles", shuffles);
+  report("votes and matches", votes);
+  report("bits of a word", bits);
+  report("elect", elected == 1, std::to_string(elected) + " lanes");
+}
+
+struct Converted {
+  uint16_t bfloat16, float16;
+  float precise, approximate, reciprocal;
+};
+
+__global__ void elements_kernel(const float* x, Converted* converted, float* from_bfloat16,
+                                float* from_float16) {
+  const int i = device::thread_index();
+  converted[i] = {
+      .bfloat16 = device::from_float<BFloat16>(x[i]).bits,
+      .float16 = device::from_float<Float16>(x[i]).bits,
+      .precise = device::exp_precise(x[i]),
+      .approximate = device::exp_approx(x[i]),
+      .reciprocal = device::reciprocal_approx(x[i]),
+  };
+  for (int bits = i; bits < 0x10000; bits += 1024) {
+    from_bfloat16[bits] = device::to_float(BFloat16{static_cast<uint16_t>(bits)});
+    from_float16[bits] = device::to_float(Float16{static_cast<uint16_t>(bits)});
+  }
+}
+
+// Conversions are those of the CPU, and functions as exact as element.h says.
+void check_elements() {
+  Random random(7);
+  std::vector<float> x(1024);
+  for (float& value : x) value = static_cast<float>(80.0 * (2.0 * random.uniform() - 1.0));
+  for (size_t i = 0; i < 64; ++i) {  // ties of both types
+    x[i] = std::ldexp(static_cast<float>(2 * i + 1 + (i % 2 != 0 ? 4096 : 512)), -8);
+  }
+  DeviceArray<float> device_x(x);
+  DeviceArray<Converted> device_converted(x.size());
+  DeviceArray<float> device_bfloat16(0x10000);
+  DeviceArray<float> device_float16(0x10000);
+  launch(elements_kernel, 1024, 0, device_x.get(), device_converted.get(), device_bfloat16.get(),
+         device_float16.get());
+  const auto converted = device_converted.values();
+  bool narrow = true, wide = true;
+  double precise = 0, approximate = 0, reciprocal = 0;  // errors, relative to what is allowed
+  for (size_t i = 0; i < x.size(); ++i) {
+    const Converted& got = converted[i];
+    narrow &= got.bfloat16 == cpu::from_float<BFloat16>(x[i]).bits &&
+              got.float16 == cpu::from_float<Float16>(x[i]).bits;
+    const double exact = std::exp(double{x[i]});
+    const auto error = [](float value, double right) { return std::fabs(value / right - 1); };
+    precise = std::max(precise, error(got.precise, exact) / 0x1p-22);
+    const double allowed = 0x1p-21 * (1 + std::fabs(x[i]) / 4);
+    approximate = std::max(approximate, error(got.approximate, exact) / allowed);
+    reciprocal = std::max(reciprocal, error(got.reciprocal, 1 / double{x[i]}) / 0x1p-23);
+  }
+  const auto same = [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  const auto from_bfloat16 = device_bfloat16.values();
+  const auto from_float16 = device_float16.values();
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto word = static_cast<uint16_t>(bits);
+    wide &= same(from_bfloat16[bits], cpu::to_float(BFloat16{word})) &&
+            same(from_float16[bits], cpu::to_float(Float16{word}));
+  }
+  report("float to 16 bits", narrow);
+  report("16 bits to float", wide);
+  report("exp_precise", precise <= 1, std::to_string(precise) + " of what is allowed");
+  report("exp_approx", approximate <= 1, std::to_string(approximate) + " of what is allowed");
+  report("reciprocal_approx", reciprocal <= 1, std::to_string(reciprocal) + " of what is allowed");
 }
 
 __global__ void ldmatrix_kernel(const uint32_t* values, const int* offsets, uint32_t* registers) {
@@ -555,6 +684,8 @@ int run() {
   check_mma<Float16>(MmaType::kFloat16, "f16");
   check_mma<float>(MmaType::kTf32, "tf32");
   check_that_mma_cuts();
+  check_warp();
+  check_elements();
   check_ldmatrix();
   check_to_tf32();
   check_mbarrier();

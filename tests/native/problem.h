@@ -71,6 +71,8 @@ struct Layer {
   bool biased;
   bool save_rows;
   bool save_preactivations;
+  // Relative, of the factors of the experts' products as they are multiplied.
+  double factor_error = 0;
 };
 
 // Which expert the slots of a problem choose.

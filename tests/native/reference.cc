@@ -189,11 +189,15 @@ struct RowPass {
   Bounded x(int64_t h) const { return exact(pe.x.get(token() * hidden() + h)); }
   Bounded dy(int64_t h) const { return exact(pe.dy.get(token() * hidden() + h)); }
   Bounded weight() const { return exact(pe.weights.get(slot)); }
+  Bounded factor(Bounded of) const {
+    of.error += layer.factor_error * (std::abs(of.value) + of.error);
+    return of;
+  }
 
   template <typename Weights, typename Bias>
   Bounded pre_activation(int64_t d, Weights weights, Bias bias) const {
     Sum sum;
-    for (int64_t h = 0; h < hidden(); ++h) sum.add(x(h), weights(h, d));
+    for (int64_t h = 0; h < hidden(); ++h) sum.add(factor(x(h)), factor(weights(h, d)));
     if (layer.biased) sum.add(bias(d));
     return sum.total();
   }
@@ -217,7 +221,9 @@ struct RowPass {
       const Bounded a = layer.gated ? activate(layer.activation, g).value * u
                                     : activate(layer.activation, u).value;
       const Bounded hidden_unit = stored(a, layer.dtype);
-      for (int64_t h = 0; h < hidden(); ++h) out[at(h)].add(hidden_unit, expert.down(d, h));
+      for (int64_t h = 0; h < hidden(); ++h) {
+        out[at(h)].add(factor(hidden_unit), factor(expert.down(d, h)));
+      }
 
       // Backward sees the pre-activations as forward stored them.
       const auto kept = [&](Bounded pre) {
