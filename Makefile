@@ -32,13 +32,13 @@ demo: venv  ## train a small MoE language model on 8 virtual CPU devices
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: native-test emulator-test  ## run all tests
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(ARGS)
 
 test-smoke: venv  ## run the part of the tests that every supported Python runs
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m smoke $(ARGS)
+	FLASHMOE_TESTS_AS_USERS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup -m smoke $(ARGS)
 
 soak: venv  ## compare every combination of cases with the oracle (about an hour)
-	FLASHMOE_SOAK=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) tests/equivalence $(ARGS)
+	FLASHMOE_SOAK=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup tests/equivalence $(ARGS)
 
 bench: venv  ## measure the operator against its alternatives (minutes)
 	$(BIN)/python -m benchmarks $(ARGS)

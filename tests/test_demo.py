@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STEPS = 60
 
+# By one worker: the runs share their result, and what they compile.
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+# Of all runs, which compile the same programs.
+CACHE = tempfile.TemporaryDirectory(prefix="flashmoe_demo_")
+
 
 def demo(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "examples/train_lm.py", "--quick", "--output", str(output), *options]
-    # Without the flags of the test session: the demo makes its devices itself.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # The demo makes its devices itself.
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": " ".join(flags),
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -1,8 +1,9 @@
 // Stress test of the CPU engine without Python and JAX, to be run under the sanitizers.
 //
-// usage: engine_stress [--seed=N] [part of a case's name ...]
+// usage: engine_stress [--seed=N] [--without=PART ...] [part of a case's name ...]
 //
 // Every random choice follows from the seed. What the threads' timing does to it is left to chance.
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -48,15 +49,19 @@ class HangGuard {
   std::thread thread_;
 };
 
-bool is_wanted(const std::string& name, const std::vector<std::string>& filters) {
-  if (filters.empty()) return true;
-  for (const std::string& filter : filters) {
-    if (name.find(filter) != std::string::npos) return true;
-  }
-  return false;
+struct Options {
+  uint64_t seed = 1;
+  std::vector<std::string> parts;    // of names; none: all cases run
+  std::vector<std::string> without;  // parts of the names of those that do not
+};
+
+bool is_wanted(const std::string& name, const Options& options) {
+  const auto has = [&](const std::string& part) { return name.find(part) != std::string::npos; };
+  return (options.parts.empty() || std::ranges::any_of(options.parts, has)) &&
+         std::ranges::none_of(options.without, has);
 }
 
-int run(uint64_t seed, const std::vector<std::string>& filters) {
+int run(const Options& options) {
   std::vector<Case> cases;
   for (auto group : {numerics_cases, worker_cases, exchange_cases, engine_cases, fault_cases,
                      product_cases, vector_loop_cases}) {
@@ -64,14 +69,14 @@ int run(uint64_t seed, const std::vector<std::string>& filters) {
     std::move(more.begin(), more.end(), std::back_inserter(cases));
   }
   int passed = 0, failed = 0;
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  std::printf("seed %llu\n", static_cast<unsigned long long>(options.seed));
   for (const Case& test : cases) {
-    if (!is_wanted(test.name, filters)) continue;
+    if (!is_wanted(test.name, options)) continue;
     const auto begin = std::chrono::steady_clock::now();
     std::string error;
     try {
       const HangGuard guard(test.name);
-      test.run(seed);
+      test.run(options.seed);
     } catch (const std::exception& exception) {
       error = exception.what();
     }
@@ -89,15 +94,20 @@ int run(uint64_t seed, const std::vector<std::string>& filters) {
 }  // namespace flashmoe::testing
 
 int main(int argc, char** argv) {
-  uint64_t seed = 1;
-  std::vector<std::string> filters;
+  flashmoe::testing::Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
+    const auto value = [&](const std::string& name) { return argument.substr(name.size()); };
     if (argument.starts_with("--seed=")) {
-      seed = std::strtoull(argument.c_str() + 7, nullptr, 10);
+      options.seed = std::stoull(value("--seed="));
+    } else if (argument.starts_with("--without=")) {
+      options.without.push_back(value("--without="));
+    } else if (argument.starts_with("-")) {
+      std::puts("usage: engine_stress [--seed=N] [--without=PART ...] [part of a case's name ...]");
+      return argument == "--help" ? 0 : 2;
     } else {
-      filters.push_back(argument);
+      options.parts.push_back(argument);
     }
   }
-  return flashmoe::testing::run(seed, filters);
+  return flashmoe::testing::run(options);
 }
