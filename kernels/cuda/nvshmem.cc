@@ -113,7 +113,8 @@ std::byte* Nvshmem::allocate(int64_t bytes) const {
     throw std::runtime_error(
         "nvshmem_malloc found no " + std::to_string(bytes) +
         " bytes; raise NVSHMEM_SYMMETRIC_SIZE (bytes), and lower XLA_PYTHON_CLIENT_MEM_FRACTION so "
-        "that it fits beside the memory that XLA takes");
+        "that it fits beside the memory that XLA takes. flashmoe_jax.runtime.reset() frees what "
+        "calls of other sizes keep");
   }
   return static_cast<std::byte*>(data);
 }
