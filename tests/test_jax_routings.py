@@ -146,6 +146,7 @@ def test_jax_answers_as_the_table_says(number: int) -> None:
     settings, numbers, weights = row[:5], row[5 : 5 + whole.size], row[5 + whole.size :]
     assert settings == re.findall(r"[-\w.+]+", text_of(expected, router))[:5]
     np.testing.assert_array_equal(np.array(numbers, np.int64), whole)
+    # Versions of XLA differ in the last bits of a score.
     np.testing.assert_allclose(np.array(weights, np.float32), expected.weights.ravel(), rtol=1e-6)
 
 
