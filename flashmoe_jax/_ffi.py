@@ -83,12 +83,12 @@ def unavailable_reason(platform: str) -> str | None:
     return None
 
 
-def why_not_by_default(platform: str) -> str | None:
+def why_not_by_default(platform: str, num_pes: int) -> str | None:
     """Why "auto" does not choose the fused implementation on `platform`, or None if it may."""
-    if platform in CUDA_PLATFORMS:
+    if platform in CUDA_PLATFORMS and (num_pes > 1 or len(gpus()) > 1):
         return (
-            "the CUDA kernel is experimental until it has been proven through JAX; "
-            "implementation='fused' asks for it"
+            "the CUDA kernel has been proven on one GPU only; implementation='fused' asks for it "
+            "on several"
         )
     return None
 

@@ -104,8 +104,8 @@ def moe(
         token_axes: Mesh axes over which the tokens are sharded, major first, expert_axis among
             them. None: those of "data" and expert_axis that the mesh has.
         implementation: "fused" (the custom call), "xla" (XLA collectives, every platform), "dense"
-            (the oracle: every expert computes every token), or "auto": fused on CPUs if it is
-            there, else xla, with a warning that says why.
+            (the oracle: every expert computes every token), or "auto": fused on CPUs and on one GPU
+            if it is there, else xla, with a warning that says why.
         key: Random key of the router's jitter; None: no jitter.
         mask: [...] bool; the routed experts ignore a token where it is False. None: all tokens.
 
@@ -466,7 +466,7 @@ def _choose_implementation(
     if implementation in ("xla", "dense"):
         return implementation
     platform = _platform(mesh)
-    reason = _ffi.why_not_by_default(platform) if implementation == "auto" else None
+    reason = _ffi.why_not_by_default(platform, num_pes) if implementation == "auto" else None
     reason = reason or _why_not_fused(platform, dtype, config, num_pes)
     if reason is None:
         return "fused"

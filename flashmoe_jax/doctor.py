@@ -80,7 +80,7 @@ def examine() -> Report:
     reasons, engine, error = [], {}, None
     broken = False
     reason = _ffi.unavailable_reason(jax.default_backend())
-    not_chosen = reason or _ffi.why_not_by_default(jax.default_backend())
+    not_chosen = reason or _ffi.why_not_by_default(jax.default_backend(), num_pes=1)
     if not_chosen is not None:
         reasons.append(not_chosen)
     try:

@@ -69,13 +69,14 @@ def lowered(
     *arguments: Any,
     dtype: Any = jnp.float32,
     grad: bool = False,
+    implementation: api.Implementation = "fused",
     **options: Any,
 ) -> str:
     """The program of a layer, or of its gradients, for CUDA."""
     x, params = make_inputs(config, dtype)
 
     def loss(x: jax.Array, params: fm.MoEParams) -> jax.Array:
-        y, aux = fm.moe(x, params, config, *arguments, implementation="fused", **options)
+        y, aux = fm.moe(x, params, config, *arguments, implementation=implementation, **options)
         return y.sum() + aux.z_loss + aux.load_balance_loss
 
     function: Callable[..., Any] = jax.value_and_grad(loss, (0, 1)) if grad else loss
@@ -245,15 +246,28 @@ def test_sizes_that_the_kernel_does_not_take(options: dict[str, Any], message: s
 
 
 @pytest.mark.usefixtures("cuda")
-def test_auto_does_not_take_the_kernel() -> None:
+def test_auto_takes_the_kernel_on_one_gpu(make_mesh: MeshMaker) -> None:
+    config = make_config()
+    for mesh in (None, make_mesh(data=4, expert=1)):
+        assert kernel_calls(lowered(config, mesh=mesh, implementation="auto"))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("spans", [True, False])
+def test_auto_does_not_take_the_kernel_where_there_are_several_gpus(
+    make_mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch, spans: bool
+) -> None:
     api._warn_once.cache_clear()
     config = make_config()
     x, params = make_inputs(config)
+    mesh = make_mesh(expert=4) if spans else None
+    if not spans:
+        monkeypatch.setattr(_ffi, "gpus", lambda: [FakeGpu(), FakeGpu()])
     with pytest.warns(
-        UserWarning, match="'xla' instead of 'fused': the CUDA kernel is experimental"
+        UserWarning, match="'xla' instead of 'fused': the CUDA kernel has been proven on one GPU"
     ):
-        y, _ = fm.moe(x, params, config)
-    expected, _ = fm.moe(x, params, config, implementation="xla")
+        y, _ = fm.moe(x, params, config, mesh=mesh)
+    expected, _ = fm.moe(x, params, config, mesh=mesh, implementation="xla")
     np.testing.assert_array_equal(y, expected)
 
 

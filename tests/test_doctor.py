@@ -14,6 +14,7 @@ import pytest
 
 import flashmoe_jax as fm
 from flashmoe_jax import _ffi, doctor
+from tests.fake_cuda import FakeGpu
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -213,16 +214,18 @@ def test_a_cuda_extension_that_the_gpu_needs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_gpu_whose_kernel_is_tried_but_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_whose_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(doctor, "_trial_error", lambda: 1e-6)
     report = doctor.examine()
+    assert (report.verdict, report.reasons, report.trial_error) == ("fused runs", (), 1e-6)
+    monkeypatch.setattr(_ffi, "gpus", lambda: [FakeGpu(), FakeGpu()])
+    report = doctor.examine()
     assert report.verdict == "another implementation runs"
     assert report.reasons == (
-        "the CUDA kernel is experimental until it has been proven through JAX; "
-        "implementation='fused' asks for it",
+        "the CUDA kernel has been proven on one GPU only; implementation='fused' asks for it on "
+        "several",
     )
-    assert report.trial_error == 1e-6
     monkeypatch.setattr(doctor, "_trial_error", lambda: 1.0)
     assert doctor.examine().verdict == "broken"
 

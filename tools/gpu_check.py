@@ -312,19 +312,24 @@ def check_steps(machine: Machine) -> list[Step]:
     report.unlink(missing_ok=True)
     plugins = ("-p", "no:cacheprovider", "-p", "tests.gpu.failures")
     pytest = (*python, "-m", "pytest", *plugins, "-v", f"--junitxml={report}")
-    # Processes that share the GPU and its memory: most of the time is XLA's compiler's.
-    workers = 6 if installed("pytest-xdist") else 1
-    shared = ("env", f"XLA_PYTHON_CLIENT_MEM_FRACTION={0.6 / workers:.2f}")
-    parallel = ("-n", str(workers)) if workers > 1 else ()
-    watched = ("--epochs=1", "--deadline=600", "P=2 small")
+    # Processes that share the GPU and its memory: most of the time is XLA's compiler's. It need not
+    # look for the fastest products.
+    workers = min(14, os.cpu_count() or 1) if installed("pytest-xdist") else 1
+    memory = f"XLA_PYTHON_CLIENT_MEM_FRACTION={0.6 / workers:.3f}"
+    shared = ("env", memory, "XLA_FLAGS=--xla_gpu_autotune_level=0")
+    parallel = ("-n", str(workers), "--dist", "worksteal") if workers > 1 else ()
     steps = [
         Step("primitives against the emulator's", (str(PROGRAMS / "primitives"),), lines, hopper),
         Step("gate", (str(PROGRAMS / "gate"),), lines),
         Step("kernel on 1 to 8 virtual PEs", (kernel,), lines),
         Step("1000 epochs", (kernel, "--epochs=1000", "small blocks"), lines),
     ]
-    for name, options in (("memcheck", ()), ("racecheck", ("--racecheck-report", "all"))):
-        command = (tool or "compute-sanitizer", "--tool", name, *options, kernel, *watched)
+    for name, options, layers in (
+        ("memcheck", (), "small blocks"),
+        ("racecheck", ("--racecheck-report", "all"), "each stage once"),
+    ):
+        watched = (kernel, "--epochs=1", "--deadline=600", "P=2", layers)
+        command = (tool or "compute-sanitizer", "--tool", name, *options, *watched)
         steps.append(Step(name, command, sanitizer, no_tool))
     no_torch = None if installed("torch") else "torch is not installed"
     return [

@@ -238,6 +238,12 @@ std::vector<SuiteCase> gpu_cases() {
       add(name + " ungated", layer(pes, 130, 264, 264, 8, 2, dtype, false, true, Activation::kGelu),
           Routing::kRepeating);
     }
+    // For racecheck, which cannot follow a stage that is used again (docs/kernel.md): no deeper
+    // than four stages of 128 bytes, and fewer tiles than CTAs.
+    const int32_t piece = dtype == DType::kFloat32 ? 4 : 8;  // elements of 16 bytes
+    add(type + " P=2 each stage once",
+        layer(2, 37, 25 * piece, 9 * piece, 8, 3, dtype, true, true, Activation::kSilu),
+        Routing::kDistinct);
     add(type + " large, one expert",
         layer(4, 99, 64, 128, 8, 1, dtype, true, false, Activation::kRelu2), Routing::kAllToOne);
     add(type + " large, PEs without rows",
