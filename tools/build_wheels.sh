@@ -40,8 +40,10 @@ else
   fi
 fi
 
-for python in $pythons; do
-  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# build PYTHON VERSION: what is said above, for one interpreter.
+build() {
+  python=$1
+  version=$2
   tools="$work/tools-$version"
   "$python" -m venv "$tools"
   "$tools/bin/python" -m pip --disable-pip-version-check install -q \
@@ -49,8 +51,8 @@ for python in $pythons; do
   PATH="$tools/bin:$PATH"
 
   say "Python $version: sdist, and the wheel from it"
-  "$tools/bin/python" -m build --outdir "$work/$version" . >"$work/build.log" 2>&1 || {
-    tail -n 60 "$work/build.log" >&2
+  "$tools/bin/python" -m build --outdir "$work/$version" . >"$work/build-$version.log" 2>&1 || {
+    tail -n 60 "$work/build-$version.log" >&2
     exit 1
   }
 
@@ -73,6 +75,21 @@ for python in $pythons; do
     (cd "$work" && "$work/empty-$version/bin/python" -c "import flashmoe_jax.$module")
   done
   cp "$wheel" "$work/$version"/*.tar.gz "$out"
+}
+
+# Side by side, since most of the time is pip's. What each says comes as a whole.
+jobs=
+for python in $pythons; do
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  say "Python $version: $python"
+  build "$python" "$version" >"$work/$version.log" 2>&1 &
+  jobs="$jobs $version:$!"
 done
+failed=0
+for job in $jobs; do
+  wait "${job#*:}" || failed=$?
+  cat "$work/${job%:*}.log"
+done
+[ "$failed" -eq 0 ] || exit "$failed"
 say "In $out:"
 ls -l "$out"
