@@ -208,6 +208,18 @@ def test_the_steps(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in hopper:
         sources = [Path(part) for part in step.command if part.startswith("tests/gpu")]
         assert all((check.ROOT / source).exists() for source in sources)
+    # The layers that steps choose by parts of their names are there.
+    layers = (check.ROOT / "tests" / "gpu" / "kernel_check.cc").read_text()
+    kernel = str(check.PROGRAMS / "kernel_check")
+    choices = [
+        part
+        for step in hopper
+        if kernel in step.command
+        for part in step.command[step.command.index(kernel) + 1 :]
+        if not part.startswith("--")
+    ]
+    assert len(choices) == 5
+    assert all(choice in layers for choice in choices)
 
 
 def test_the_package_that_is_checked(check: ModuleType, tmp_path: Path) -> None:
