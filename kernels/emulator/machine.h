@@ -219,7 +219,7 @@ class Machine {
   View snapshot(Thread& thread);  // including its own accesses so far, which end an epoch
   void next_epoch(Thread& thread);
   void acquire(Thread& thread, const View& view);
-  View join(const View& a, const View& b);
+  void add(View& view, const View& other);
   bool knows(const Thread& thread, Id id, uint32_t epoch) const;
   void sync_warp(Warp& warp);
   Id new_agent(Agent agent);

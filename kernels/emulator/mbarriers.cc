@@ -124,7 +124,7 @@ void mbarrier_arrive(void* address, uint32_t expected_bytes) {
     m.fail("mbarrier misuse: " + m.who(thread) + " makes " + m.where(barrier.offset) + " expect " +
            std::to_string(barrier.bytes) + " bytes, more than 2^20 - 1");
   }
-  barrier.arrived = m.join(barrier.arrived, m.snapshot(thread));
+  m.add(barrier.arrived, m.snapshot(thread));
   m.arrive(barrier);
 }
 

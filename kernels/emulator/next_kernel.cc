@@ -29,7 +29,7 @@ void Machine::begin_next_kernel(Gpu& gpu) {
     if (lane_of(*thread) == 0) sync_warp(warp_of(*thread));
   }
   for (Thread* thread : gpu.waiting) {
-    if (lane_of(*thread) == 0) all = join(all, thread->view);
+    if (lane_of(*thread) == 0) add(all, thread->view);
   }
   all.visible_to_async = all.seen;
   for (Thread* thread : gpu.waiting) {

@@ -18,11 +18,12 @@ View Machine::snapshot(Thread& thread) {
   return view;
 }
 
-View Machine::join(const View& a, const View& b) {
-  return {clocks.join(a.seen, b.seen), clocks.join(a.visible_to_async, b.visible_to_async)};
+void Machine::add(View& view, const View& other) {
+  clocks.add(view.seen, other.seen);
+  clocks.add(view.visible_to_async, other.visible_to_async);
 }
 
-void Machine::acquire(Thread& thread, const View& view) { thread.view = join(thread.view, view); }
+void Machine::acquire(Thread& thread, const View& view) { add(thread.view, view); }
 
 bool Machine::knows(const Thread& thread, Id id, uint32_t epoch) const {
   return epoch <= shadow.base() || id == thread.id ||
@@ -32,7 +33,7 @@ bool Machine::knows(const Thread& thread, Id id, uint32_t epoch) const {
 void Machine::sync_warp(Warp& warp) {
   Thread* lanes = &threads[static_cast<size_t>(warp.index * kWarpSize)];
   View view;
-  for (int i = 0; i < kWarpSize; ++i) view = join(view, lanes[i].view);
+  for (int i = 0; i < kWarpSize; ++i) add(view, lanes[i].view);
   view.seen = clocks.with_warp(view.seen, static_cast<size_t>(warp.index), warp.epochs);
   ++warp.epochs;
   for (int i = 0; i < kWarpSize; ++i) {
@@ -64,9 +65,10 @@ View observable(Machine& m, const Thread& thread, const AtomicLocation& location
   for (int other = 0; other < static_cast<int>(location.gpus.size()); ++other) {
     const AtomicLocation::Releases& releases = location.gpus[static_cast<size_t>(other)];
     if (other == gpu) {
-      view = m.join(m.join(view, releases.scopes[kGpu]), releases.scopes[kSystem]);
+      m.add(view, releases.scopes[kGpu]);
+      m.add(view, releases.scopes[kSystem]);
     } else if (scope == kSystem) {
-      view = m.join(view, releases.scopes[kSystem]);
+      m.add(view, releases.scopes[kSystem]);
     }
   }
   return view;
@@ -95,10 +97,9 @@ struct Atomic {
     if (acquires(order)) {
       m.acquire(thread, seen);
     } else if (!seen.empty()) {
-      View& gpu = thread.observed[kGpu];
-      gpu = m.join(gpu, scope == kGpu ? seen : observable(m, thread, location->second, kGpu));
-      View& system = thread.observed[kSystem];
-      system = m.join(system, seen);
+      m.add(thread.observed[kGpu],
+            scope == kGpu ? seen : observable(m, thread, location->second, kGpu));
+      m.add(thread.observed[kSystem], seen);
     }
   }
 
@@ -130,7 +131,7 @@ struct Atomic {
     if (!modifies) location.added_by_network = false;
     location.gpus.resize(m.gpus.size());
     AtomicLocation::Releases& mine = location.gpus[static_cast<size_t>(m.block_of(thread).gpu)];
-    for (const int s : {kGpu, kSystem}) mine.scopes[s] = m.join(mine.scopes[s], released[s]);
+    for (const int s : {kGpu, kSystem}) m.add(mine.scopes[s], released[s]);
   }
 
   Machine& m;

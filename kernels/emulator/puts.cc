@@ -85,9 +85,9 @@ void Machine::deliver(Put& put) {
     location.put = {};
   }
   std::memcpy(memory.at(put.signal), &value, kSignalBytes);
-  location.put = join(location.put, view);
+  add(location.put, view);
 
-  thread.put = join(thread.put, view);
+  add(thread.put, view);
   if (--thread.puts == 0 && thread.wait == Wait::kQuiet) make_ready(thread);
 }
 

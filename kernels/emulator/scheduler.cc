@@ -220,10 +220,10 @@ Warp* Machine::pick_warp() {
       // The one that follows, as the hardware's round robin does.
       const int last = current ? warp_of(*current).index : 0;
       const int count = static_cast<int>(warps.size());
+      const auto ahead = [&](int warp) { return warp > last ? warp - last : warp - last + count; };
       return &warps[static_cast<size_t>(
-          *std::min_element(ready_warps_.begin(), ready_warps_.end(), [&](int a, int b) {
-            return (a - last - 1 + count) % count < (b - last - 1 + count) % count;
-          }))];
+          *std::min_element(ready_warps_.begin(), ready_warps_.end(),
+                            [&](int a, int b) { return ahead(a) < ahead(b); }))];
     }
     case Policy::Order::kPriority: {
       // The first of them may have run for long because it polls: now and then it becomes the last.

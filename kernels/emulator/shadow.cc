@@ -115,7 +115,7 @@ std::array<Cell, 4>& Shadow::split(Cell& cell) {
     std::array<Cell, 4> bytes{byte, byte, byte, byte};
     if (live(cell.read_epoch) && cell.reader == kManyReaders) {
       for (size_t i = 1; i < 4; ++i) {
-        readers_.push_back(Readers(readers_[cell.read_epoch - base_ - 1]));
+        readers_.push_back(readers_[cell.read_epoch - base_ - 1]);
         bytes[i].read_epoch = base_ + static_cast<uint32_t>(readers_.size());
       }
     }

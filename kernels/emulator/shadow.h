@@ -4,7 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <memory_resource>
 #include <vector>
 
 #include "kernels/emulator/memory.h"
@@ -99,7 +99,7 @@ class Shadow {
     Id id;
     uint32_t epoch;
   };
-  using Readers = std::vector<Reader>;
+  using Readers = std::pmr::vector<Reader>;
 
   bool live(uint32_t epoch) const { return epoch > base_; }
   bool before(Id id, uint32_t epoch, const Accessor& a) const {
@@ -123,7 +123,8 @@ class Shadow {
   uint32_t base_;
   Report report_;
   std::vector<std::array<Cell, 4>> splits_;
-  std::vector<Readers> readers_;
+  std::pmr::monotonic_buffer_resource memory_of_readers_;  // freed with the launch
+  std::pmr::vector<Readers> readers_{&memory_of_readers_};
 };
 
 }  // namespace flashmoe::emulator

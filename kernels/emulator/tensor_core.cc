@@ -140,20 +140,25 @@ MatrixPlace wgmma_d_place(int thread, int index) {
   return {16 * (thread / 32) + place.row, 8 * (index / 4) + place.column};
 }
 
-void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint32_t, 4>& a,
-              const WarpRegisters<uint32_t, 2>& b) {
-  double a_values[16][16];
-  double b_values[16][8];
+namespace {
+
+// Of a type known to the compiler, which then knows the places.
+template <MmaType kType>
+void mma_warp_of(WarpRegisters<float, 4>& d, const WarpRegisters<uint32_t, 4>& a,
+                 const WarpRegisters<uint32_t, 2>& b) {
+  constexpr int kMmaDepth = mma_depth(kType), kAtOnce = kMmaDepth / 2;
+  double a_values[16][kMmaDepth];
+  double b_values[kMmaDepth][8];
   double sums[16][8];
   for (int lane = 0; lane < 32; ++lane) {
-    for (int element = 0; element < elements_per_register(type); ++element) {
+    for (int element = 0; element < elements_per_register(kType); ++element) {
       for (int i = 0; i < 4; ++i) {
-        const MatrixPlace place = mma_a_place(type, lane, i, element);
-        a_values[place.row][place.column] = element_of(type, a[lane][i], element);
+        const MatrixPlace place = mma_a_place(kType, lane, i, element);
+        a_values[place.row][place.column] = element_of(kType, a[lane][i], element);
       }
       for (int i = 0; i < 2; ++i) {
-        const MatrixPlace place = mma_b_place(type, lane, i, element);
-        b_values[place.row][place.column] = element_of(type, b[lane][i], element);
+        const MatrixPlace place = mma_b_place(kType, lane, i, element);
+        b_values[place.row][place.column] = element_of(kType, b[lane][i], element);
       }
     }
     for (int i = 0; i < 4; ++i) {
@@ -161,21 +166,37 @@ void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint
       sums[place.row][place.column] = d[lane][i];
     }
   }
-  const int depth = mma_depth(type);
-  const int at_once = depth / 2;
   for (int i = 0; i < 16; ++i) {
-    for (int first = 0; first < depth; first += at_once) {
-      for (int k = first; k < first + at_once; ++k) {
-        for (int j = 0; j < 8; ++j) sums[i][j] += a_values[i][k] * b_values[k][j];
+    double row[8];  // stays in registers
+    for (int j = 0; j < 8; ++j) row[j] = sums[i][j];
+    for (int first = 0; first < kMmaDepth; first += kAtOnce) {
+      for (int k = first; k < first + kAtOnce; ++k) {
+        const double factor = a_values[i][k];
+        for (int j = 0; j < 8; ++j) row[j] += factor * b_values[k][j];
       }
-      for (int j = 0; j < 8; ++j) sums[i][j] = cut(sums[i][j]);
+      for (int j = 0; j < 8; ++j) row[j] = cut(row[j]);
     }
+    for (int j = 0; j < 8; ++j) sums[i][j] = row[j];
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const MatrixPlace place = mma_d_place(lane, i);
       d[lane][i] = static_cast<float>(sums[place.row][place.column]);
     }
+  }
+}
+
+}  // namespace
+
+void mma_warp(MmaType type, WarpRegisters<float, 4>& d, const WarpRegisters<uint32_t, 4>& a,
+              const WarpRegisters<uint32_t, 2>& b) {
+  switch (type) {
+    case MmaType::kBFloat16:
+      return mma_warp_of<MmaType::kBFloat16>(d, a, b);
+    case MmaType::kFloat16:
+      return mma_warp_of<MmaType::kFloat16>(d, a, b);
+    case MmaType::kTf32:
+      return mma_warp_of<MmaType::kTf32>(d, a, b);
   }
 }
 

@@ -35,33 +35,61 @@ void raise(Clock& clock, size_t entry, uint32_t epoch) {
   clock.entries[entry] = std::max(clock.entries[entry], epoch);
 }
 
-}  // namespace
+// Which of two lists of entries is nowhere below the other.
+struct Compared {
+  bool a_covers_b, b_covers_a;
+};
 
-void ClockRef::release(Clock* clock) { pool().emplace_back(clock); }
+Compared compare(const std::vector<uint32_t>& a, const std::vector<uint32_t>& b) {
+  constexpr size_t kAtOnce = 16;  // a number that compilers turn into vector instructions
+  const size_t common = std::min(a.size(), b.size());
+  uint32_t a_below = 0, b_below = 0;
+  size_t i = 0;
+  for (; i + kAtOnce <= common && !(a_below && b_below); i += kAtOnce) {
+    for (size_t j = i; j < i + kAtOnce; ++j) {
+      const uint32_t higher = std::max(a[j], b[j]);
+      a_below |= higher ^ a[j];
+      b_below |= higher ^ b[j];
+    }
+  }
+  if (a_below && b_below) return {false, false};
+  for (; i < common; ++i) {
+    a_below |= a[i] < b[i];
+    b_below |= b[i] < a[i];
+  }
+  for (size_t j = common; j < b.size(); ++j) a_below |= b[j] != 0;
+  for (size_t j = common; j < a.size(); ++j) b_below |= a[j] != 0;
+  return {!a_below, !b_below};
+}
 
-bool Clocks::dominates(const Clock& a, const Clock& b) const {
-  const size_t common = std::min(a.entries.size(), b.entries.size());
-  unsigned less = 0;
-  for (size_t i = 0; i < common; ++i) less |= a.entries[i] < b.entries[i];
-  for (size_t i = common; i < b.entries.size(); ++i) less |= b.entries[i] != 0;
-  if (less) return false;
+// Whether `a` knows the lanes that `b` lists.
+bool knows_lanes(const Clock& a, const Clock& b) {
+  auto known = a.lanes.begin();
   for (const LaneEpoch& lane : b.lanes) {
-    if (!knows(&a, lane.thread, lane.epoch)) return false;
+    const size_t warp = lane.thread / 32u;
+    if (warp < a.entries.size() && lane.epoch <= a.entries[warp]) continue;
+    while (known != a.lanes.end() && known->thread < lane.thread) ++known;
+    if (known == a.lanes.end() || known->thread != lane.thread || known->epoch < lane.epoch) {
+      return false;
+    }
   }
   return true;
 }
 
+}  // namespace
+
+void ClockRef::release(Clock* clock) { pool().emplace_back(clock); }
+
 ClockRef Clocks::join(const ClockRef& a, const ClockRef& b) {
-  if (!b || a == b) return a;
-  if (!a) return b;
   const auto key = (reinterpret_cast<uintptr_t>(a.get()) >> 4) * 31 +
                    (reinterpret_cast<uintptr_t>(b.get()) >> 4);
   Memo& memo = memos_[(key ^ key >> 7) % kMemos];
   if (memo.a == a && memo.b == b) return memo.joined;
   ClockRef joined;
-  if (dominates(*a.get(), *b.get())) {
+  const Compared entries = compare(a->entries, b->entries);
+  if (entries.a_covers_b && knows_lanes(*a.get(), *b.get())) {
     joined = a;
-  } else if (dominates(*b.get(), *a.get())) {
+  } else if (entries.b_covers_a && knows_lanes(*b.get(), *a.get())) {
     joined = b;
   } else {
     Clock* clock = copy(a);

@@ -75,14 +75,18 @@ class Clocks {
     return lane != clock->lanes.end() && lane->thread == id && epoch <= lane->epoch;
   }
 
-  ClockRef join(const ClockRef& a, const ClockRef& b);
+  // `clock` knows what `other` does, too.
+  void add(ClockRef& clock, const ClockRef& other) {
+    if (!other || clock == other) return;
+    clock = clock ? join(clock, other) : other;
+  }
   // `clock`, and epoch `epoch` of one thread or agent.
   ClockRef with(const ClockRef& clock, Id id, uint32_t epoch);
   // `clock`, and all epochs of the warp up to `epoch`.
   ClockRef with_warp(const ClockRef& clock, size_t warp, uint32_t epoch);
 
  private:
-  bool dominates(const Clock& a, const Clock& b) const;
+  ClockRef join(const ClockRef& a, const ClockRef& b);
 
   // Threads that wait for the same event with the same clock shall end with the same one.
   struct Memo {

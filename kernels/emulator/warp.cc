@@ -53,7 +53,7 @@ void barrier_sync(int barrier, int threads) {
   }
   std::vector<Thread*> arrived;
   arrived.swap(b.arrived);
-  for (const Thread* t : arrived) view = m.join(view, t->view);
+  for (const Thread* t : arrived) m.add(view, t->view);
   for (size_t i = 0; i < lanes.size(); ++i) {
     if (lanes[i] == 0) continue;
     Warp& warp = m.warps[static_cast<size_t>(thread.block * m.launch.threads / kWarpSize) + i];
